@@ -1,0 +1,35 @@
+#include "csp/n_softmax.h"
+
+#include "backend.h"
+#include "checks.h"
+
+namespace csp {
+namespace {
+
+Tensor n_softmax(const Tensor& logits, double n) {
+  constexpr const char* op = "n_softmax";
+  CSP_CHECK(logits.dim() >= 1, op, "logits must have at least one dimension, got a scalar");
+  check_n(op, n);
+
+  const Tensor input = torch::stable::contiguous(logits);
+  Tensor out = torch::stable::empty_like(input);
+  NSoftmaxParams params;
+  params.dtype = floating_dtype(op, "logits", logits);
+  params.logits = input.const_data_ptr();
+  params.out = out.mutable_data_ptr();
+  params.cols = logits.size(logits.dim() - 1);
+  params.rows = params.cols > 0 ? logits.numel() / params.cols : 0;
+  params.n = n;
+#ifdef CSP_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  check_launch(op, n_softmax_cuda(params, current_stream(logits)));
+#else
+  n_softmax_cpu(params, torch_parallel());
+#endif
+  return out;
+}
+
+}  // namespace
+}  // namespace csp
+
+CSP_IMPL(n_softmax)
