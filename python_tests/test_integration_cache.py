@@ -1,5 +1,6 @@
-"""Caches that live longer than one greedy generation: turns, chunks, drafts, plain forwards, foreign caches."""
+"""Caches that live longer than one greedy generation: turns, chunks, drafts, forwards, foreign caches."""
 
+# ruff: noqa: E402  (these imports need the optional transformers)
 from __future__ import annotations
 
 import copy
@@ -150,7 +151,9 @@ def test_only_the_new_words_of_a_turn(model: Any) -> None:
     """An unpruned cache and ids that do not cover it: the images of the earlier turn cannot be seen."""
     row = make_row("i4", 5)
     with apply(model, CONFIG, budget=30) as handle:
-        cache = model(input_ids=torch.tensor([row]), pixel_values=make_pixels([row], torch.float64)).past_key_values
+        cache = model(
+            input_ids=torch.tensor([row]), pixel_values=make_pixels([row], torch.float64)
+        ).past_key_values
         new = torch.tensor([make_row("12", 6)])
         mask = torch.ones(1, len(row) + 12, dtype=torch.long)
         turn = {"input_ids": new, "attention_mask": mask, "max_new_tokens": 3, "do_sample": False}
@@ -196,7 +199,7 @@ def test_prompt_lookup(model: Any) -> None:
 
 @pytest.mark.parametrize("pruned_assistant", [False, True])
 def test_assisted_decoding(model: Any, pruned_assistant: bool) -> None:
-    """Drafts come in the first forward too, and must see the pruned prompt; the drafting model is not pruned."""
+    """Drafts come in the first forward too, and see the pruned prompt; the drafting model is not pruned."""
     assistant = small_llava(dtype=torch.float64, logit_gain=1.0)
     options = {"assistant_model": assistant, "eos_token_id": 2}
     with apply(model, CONFIG):
@@ -243,7 +246,9 @@ def test_padding_anywhere_in_a_plain_forward(model: Any, decode_n: float, gaps: 
     tokens, logits = [100, 101, 102], []
     with apply(model, config) as handle:
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        cache = model(**batch, position_ids=positions, pixel_values=make_pixels(rows, torch.float64)).past_key_values
+        cache = model(
+            **batch, position_ids=positions, pixel_values=make_pixels(rows, torch.float64)
+        ).past_key_values
         assert handle.stats.layers[0].lengths.unique().tolist() == [BUDGET]
         for token in tokens:
             mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
@@ -264,7 +269,10 @@ def test_padding_anywhere_in_a_plain_forward(model: Any, decode_n: float, gaps: 
 def test_a_plain_forward_counts_positions_from_the_true_length(model: Any) -> None:
     with apply(model, CONFIG):
         cache = model(input_ids=torch.tensor([ROWS[0]]), pixel_values=images()[0]).past_key_values
-        logits = [model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0, -1] for token in (40, 41)]
+        logits = [
+            model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+            for token in (40, 41)
+        ]
     row = RowReference(model, CONFIG, BUDGET)
     row.feed(ROWS[0], images()[0], prune=True)
     expected = torch.stack([row.feed([token])[-1] for token in (40, 41)])
@@ -315,7 +323,7 @@ def test_a_foreign_cache_is_left_unpruned_with_one_warning(model: Any, kind: str
 
 
 def test_embeddings(model: Any) -> None:
-    """Embeddings whose placeholders the model itself fills are recognised; merged ones need their modality."""
+    """Embeddings whose placeholders the model fills are recognised; merged ones need their modality."""
     row, pixels = ROWS[0], images()[0]
     ids = torch.tensor([row])
     table = model.get_input_embeddings()
@@ -323,7 +331,9 @@ def test_embeddings(model: Any) -> None:
     with apply(model, CONFIG) as handle:
         output = model.generate(inputs_embeds=table(ids), pixel_values=pixels, **expected_ids)
         assert_batch_equals_rows(model, output, [row], CONFIG, BUDGET)
-        features = torch.cat(list(model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output))
+        features = torch.cat(
+            list(model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
+        )
         merged = table(ids).detach()
         merged[ids == 3] = features
         with pytest.warns(UserWarning, match="handle.prompt"):
@@ -339,7 +349,10 @@ def test_embeddings(model: Any) -> None:
 def test_a_wrong_modality_is_refused(model: Any) -> None:
     ids = torch.tensor([ROWS[0]])
     with apply(model, CONFIG) as handle:
-        with handle.prompt(modality=torch.zeros(1, 7, dtype=torch.long)), pytest.raises(ValueError, match="modality"):
+        with (
+            handle.prompt(modality=torch.zeros(1, 7, dtype=torch.long)),
+            pytest.raises(ValueError, match="modality"),
+        ):
             model.generate(input_ids=ids, pixel_values=images()[0], max_new_tokens=2)
         with pytest.raises(ValueError, match="integers"), handle.prompt(modality=torch.zeros(1, 7)):
             pass

@@ -1,5 +1,6 @@
 """A generation over a pruned cache equals one over a full cache whose dropped keys are masked."""
 
+# ruff: noqa: E402  (these imports need the optional transformers)
 from __future__ import annotations
 
 from typing import Any
@@ -96,7 +97,9 @@ def test_pruning_shows_in_the_answer(gqa64: Any) -> None:
     assert (following.logits[1:] - torch.stack(pruned.logits)[1:, 0]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("config", [CSPConfig.paper(BUDGET), CSPConfig.release(0.2, 0.2)], ids=["paper", "release"])
+@pytest.mark.parametrize(
+    "config", [CSPConfig.paper(BUDGET), CSPConfig.release(0.2, 0.2)], ids=["paper", "release"]
+)
 def test_both_readings(gqa64: Any, config: CSPConfig) -> None:
     # The release's sizes follow from each prompt's length, so its rows are compared one at a time.
     for row in ROWS[:2]:
@@ -174,7 +177,13 @@ def test_beam_search(gqa64: Any) -> None:
     config, steps, beams = CSPConfig(budget=BUDGET, decode_n=1.0), 6, 3
     with apply(gqa64, config):
         output = generate_batch(
-            gqa64, ROWS, steps, num_beams=beams, num_return_sequences=beams, output_scores=True, length_penalty=0.0
+            gqa64,
+            ROWS,
+            steps,
+            num_beams=beams,
+            num_return_sequences=beams,
+            output_scores=True,
+            length_penalty=0.0,
         )
     images = split_pixels(ROWS, make_pixels(ROWS, torch.float64))
     for index, sequence in enumerate(output.sequences):

@@ -1,5 +1,6 @@
 """Applying CSP to a model and taking it out again; what is refused, and what the statistics say."""
 
+# ruff: noqa: E402  (these imports need the optional transformers)
 from __future__ import annotations
 
 import copy
@@ -236,7 +237,7 @@ def test_output_attentions(model: Any) -> None:
         model.set_attn_implementation({"text_config": "sdpa"})
 
 
-# --- refusals ------------------------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------
 
 
 def refused(model: Any, match: str, error: type[Exception] = ValueError, **fields: Any) -> None:
@@ -284,7 +285,12 @@ def test_refuses_a_model_without_image_tokens() -> None:
 def test_refuses_an_all_sliding_model() -> None:
     text = small_text_config(transformers.MistralConfig, sliding_window=8)
     vision = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=28,
+        patch_size=14,
     )
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=3)
     refused(transformers.LlavaForConditionalGeneration(config), "sliding window")
@@ -334,7 +340,11 @@ def test_refuses_a_foreign_attention(model: Any) -> None:
         model.config.text_config._attn_implementation_internal = "sdpa"
 
 
-def test_refuses_a_model_that_does_not_look_up_its_attention(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(model.model.language_model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+def test_refuses_a_model_that_does_not_look_up_its_attention(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        type(model.model.language_model), "_can_set_attn_implementation", classmethod(lambda cls: False)
+    )
     refused(model, "AttentionInterface")
     assert model.config.text_config._attn_implementation == "sdpa"

@@ -42,14 +42,14 @@ class Prompt:
     reached: bool = False
 
     def modality_for(self, rows: int, placeholders: dict[int, int], device: torch.device) -> Tensor | None:
-        """Return the modality [rows, length] int8; beams and returned sequences repeat each row of the prompt."""
+        """Return the modality [rows, length] int8; beams and returned sequences repeat each row."""
         known = self.modality
         if known is None and self.ids is not None:
             known = modality_of_ids(self.ids, placeholders)
         if known is None or known.shape[1] != self.length or rows % known.shape[0]:
             if self.modality is not None:
                 raise ValueError(
-                    f"modality has the shape {tuple(self.modality.shape)}, the prompt is {rows} x {self.length}"
+                    f"modality has shape {tuple(self.modality.shape)}, the prompt is {rows} x {self.length}"
                 )
             return None
         return known.to(device, torch.int8).repeat_interleave(rows // known.shape[0], dim=0)
