@@ -1,7 +1,7 @@
 """A LLaVA with random weights and its processor, built offline: small enough for tests, demos and docs.
 
-The architecture is the real one (CLIP tower, projector, Llama decoder), so everything that works here works on
-a downloaded checkpoint; only the answers mean nothing. Nothing is downloaded, torchvision is not needed.
+The architecture is the real one (CLIP tower, projector, Llama decoder), so everything that works here works
+on a downloaded checkpoint; only the answers mean nothing. Nothing is downloaded, torchvision is not needed.
 """
 
 from __future__ import annotations

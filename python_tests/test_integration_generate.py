@@ -1,6 +1,5 @@
 """A generation over a pruned cache equals one over a full cache whose dropped keys are masked."""
 
-# ruff: noqa: E402  (these imports need the optional transformers)
 from __future__ import annotations
 
 from typing import Any

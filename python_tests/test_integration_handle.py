@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 from csp_ext.config import CSPConfig
 from csp_ext.integration import Handle, apply
+from csp_ext.integration.requirement import require_transformers
 
 ROWS = [make_row("5i3i12", 1), make_row("2i20", 2)]
 BUDGET = 14
@@ -266,6 +267,13 @@ def test_refuses_what_is_not_a_model(model: Any) -> None:
     refused("llava", "got str", TypeError)
     with pytest.raises(TypeError, match="must be a CSPConfig"):
         apply(model, 0.2)  # type: ignore[arg-type]
+
+
+def test_refuses_an_old_transformers() -> None:
+    require_transformers("5.4.0")
+    require_transformers("6.0.0.dev0")
+    with pytest.raises(ImportError, match=r"needs transformers 5\.4 or newer, 5\.3\.1"):
+        require_transformers("5.3.1")
 
 
 def test_refuses_wrong_fields(model: Any) -> None:

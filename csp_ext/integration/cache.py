@@ -159,17 +159,21 @@ def adopt_cache(cache: Any, text_config: Any) -> str:
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         return f"a {type(cache).__name__} is not a cache of a decoder-only model"
+    if any(isinstance(layer, PrunedLayer) for layer in cache.layers):
+        return ""
     if cache.offloading:
         return "an offloaded cache moves its tensors away between layers"
-    template = DynamicCache(config=text_config).layers
     layers = list(cache.layers)
+    if cache.layer_class_to_replicate is not DynamicLayer and DynamicLayer not in map(type, layers):
+        return f"a {type(cache).__name__} has no plain dynamic layers"
+    template = DynamicCache(config=text_config).layers
     # A cache made without a config creates its layers on the fly: make the ones a config would have given.
     if cache.layer_class_to_replicate is DynamicLayer:
         layers += template[len(layers) :]
     if len(layers) != len(template):
         return f"it has {len(layers)} layers, the model has {len(template)}"
     for index, (layer, model) in enumerate(zip(layers, template, strict=True)):
-        if type(model) is DynamicLayer and type(layer) not in (DynamicLayer, PrunedLayer):
+        if type(model) is DynamicLayer and type(layer) is not DynamicLayer:
             return f"its layer {index} is a {type(layer).__name__}"
         if type(model) is not DynamicLayer and type(layer) is DynamicLayer:
             return f"its layer {index} is not of the model's type; use DynamicCache(config=model.config)"

@@ -21,8 +21,6 @@ from csp_ext.integration.prompt import ANNOUNCED, Plan, Prompt
 from csp_ext.integration.stats import PruneStats
 from csp_ext.selection import QUESTION_MOST
 
-_MIN_TRANSFORMERS = (5, 4)
-
 
 def apply(model: PreTrainedModel, config: CSPConfig | None = None, **fields: Any) -> Handle:
     """Prune the KV cache of every prompt this model sees, until :meth:`Handle.restore`.
@@ -85,11 +83,7 @@ def _decoder_key(model: PreTrainedModel) -> str | None:
 
 def _check(model: PreTrainedModel) -> dict[int, int]:
     """Return the placeholder ids of a model that can be pruned; raise ValueError for any other."""
-    from transformers import __version__ as version
-
     name = type(model).__name__
-    if tuple(int(part) for part in version.split(".")[:2]) < _MIN_TRANSFORMERS:
-        raise ValueError(f"apply: transformers {version} is too old, 5.4 or newer is needed")
     text = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise ValueError(

@@ -135,6 +135,7 @@ class Plan:
             plain=left_padded and exact and all(over) and config.decode_n in (0, 1),
         )
 
+    @torch.no_grad()
     def select(self, query: Tensor, key: Tensor, scale: float | None, causal: bool) -> Tensor:
         """Return the kept positions, int32 [B, Hs, slots], ascending, -1 free.
 
@@ -160,7 +161,6 @@ class Plan:
         indices = torch.nn.functional.pad(indices, (self.slots - indices.shape[-1], 0), value=PADDING)
         return torch.where(self.whole.to(key.device)[:, None, None], real, indices)
 
-    @torch.no_grad()
     def carry_out(
         self, index: int, layer: PrunedLayer, query: Tensor, scale: float | None, causal: bool
     ) -> None:
