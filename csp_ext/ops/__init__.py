@@ -1,5 +1,7 @@
 """Typed wrappers of ``torch.ops.csp.*``, one file per op, each with its fake kernel."""
 
+from csp_ext.ops.compact import compact
 from csp_ext.ops.n_softmax import n_softmax
+from csp_ext.ops.segmented_column_sum import segmented_column_sum
 
-__all__ = ["n_softmax"]
+__all__ = ["compact", "n_softmax", "segmented_column_sum"]
