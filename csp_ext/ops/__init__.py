@@ -2,6 +2,7 @@
 
 from csp_ext.ops.compact import compact
 from csp_ext.ops.n_softmax import n_softmax
+from csp_ext.ops.score import score
 from csp_ext.ops.segmented_column_sum import segmented_column_sum
 
-__all__ = ["compact", "n_softmax", "segmented_column_sum"]
+__all__ = ["compact", "n_softmax", "score", "segmented_column_sum"]
