@@ -1,5 +1,7 @@
 """Typed wrappers of ``torch.ops.csp.*``, one file per op, each with its fake kernel."""
 
+from csp_ext.ops.dual_top_k import dual_top_k
 from csp_ext.ops.n_softmax import n_softmax
+from csp_ext.ops.select import select
 
-__all__ = ["n_softmax"]
+__all__ = ["dual_top_k", "n_softmax", "select"]
