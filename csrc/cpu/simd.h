@@ -186,7 +186,7 @@ CSP_INLINE float hmax(vfloat v) {
 
 // e^x for x <= 88: relative error below 2e-7; anything under -87 (and -inf) gives 0.
 CSP_INLINE vfloat vexp(vfloat x) {
-  const vfloat clamped = vmax(x, set1(-87.0f));
+  const vfloat clamped = vmax(set1(-87.0f), x);  // in this order a NaN stays one
   const vfloat magic = set1(0x1.8p23f);
   const vfloat shifted = clamped * 1.44269504f + magic;
   const vfloat k = shifted - magic;
