@@ -102,7 +102,7 @@ class CSPConfig:
     pool_kernel : int
         Odd width of the smoothing.
     text_only : {"prune", "leave"}
-        What the transformers integration does with a batch in which no row holds an image.
+        What the transformers integration does with a row that holds no image; the ops prune it.
     hh_ratio, recent_ratio, recent_bias : float, optional
         The release's arithmetic, see :meth:`release`. With ``hh_ratio`` and ``recent_ratio`` the fields
         ``budget``, ``window``, ``recent``, ``k_self`` and ``k_cross`` follow from them and must be None.

@@ -39,6 +39,12 @@ def mha32() -> Any:
     return small_llava(seed=1, num_layers=3, num_heads=4, num_kv_heads=4)
 
 
+@pytest.fixture(autouse=True)
+def stock_sdpa(gqa64: Any, mha32: Any) -> None:
+    for model in (gqa64, mha32):
+        model.set_attn_implementation("sdpa")
+
+
 @pytest.mark.parametrize("base", ["eager", "sdpa"])
 @pytest.mark.parametrize("heads", ["kv", "shared"])
 @pytest.mark.parametrize("decode_n", [0.0, 1.0, 2.5])

@@ -61,9 +61,11 @@ def apply(model: PreTrainedModel, config: CSPConfig | None = None, **fields: Any
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"apply: model must be a transformers PreTrainedModel, got {type(model).__name__}")
     config = CSPConfig(**fields) if config is None else dataclasses.replace(config, **fields)
+    if config.heads == "shared" and (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError('apply: heads="shared" needs the scores of all heads, and tensor parallelism splits them')
     handle = model.__dict__.get("_csp_handle")
     if handle is None:
-        handle = Handle(model, config)
+        return Handle(model, config)
     handle.config = config
     return handle
 
@@ -138,9 +140,10 @@ class Handle:
             )
         self._own_generate = model.__dict__.get("generate")
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        # An instance attribute, so that the class and every other model stay as they are.
-        model.generate = self._generate
-        model._csp_handle = self
+        # Instance attributes, so that the class and every other model stay as they are.
+        if hasattr(model, "generate"):
+            model.__dict__["generate"] = self._generate
+        model.__dict__["_csp_handle"] = self
 
     def _set_attention(self, name: str) -> None:
         self.model.set_attn_implementation({self._decoder_key: name} if self._decoder_key else name)
@@ -150,9 +153,11 @@ class Handle:
         if self.model.__dict__.get("_csp_handle") is not self:
             return
         self._hook.remove()
-        del self.model._csp_handle, self.model.generate
+        attributes = self.model.__dict__
+        del attributes["_csp_handle"]
+        attributes.pop("generate", None)
         if self._own_generate is not None:
-            self.model.generate = self._own_generate
+            attributes["generate"] = self._own_generate
         self._set_attention(self._base)
 
     def __enter__(self) -> Handle:
@@ -206,6 +211,9 @@ class Handle:
         outer = self._announced()
         whole = isinstance(ids, Tensor) and ids.ndim == 2 and kwargs.get("inputs_embeds") is None
         prompt = Prompt(self, lengths[0], ids if whole else None, outer.modality if outer else None)
+        if getattr(kwargs.get("generation_config"), "is_assistant", False):
+            self._warn("this model drafts for another, which takes tokens of the prompt back", stacklevel=3)
+            prompt.length = 0
         token = ANNOUNCED.set(prompt)
         try:
             result = own(*args, **kwargs)
@@ -232,9 +240,10 @@ class Handle:
         made = cache is None
         if made:
             use_cache = bound.get("use_cache")
-            wanted = self._text_config.use_cache if use_cache is None else use_cache
+            wanted = getattr(self._text_config, "use_cache", True) if use_cache is None else use_cache
             # Training keeps the graph of the whole prompt anyway.
             if not wanted or (module.training and torch.is_grad_enabled()):
+                self._mark_reached()
                 return None
             cache = DynamicCache(config=self._text_config)
         refused = adopt_cache(cache, self._text_config)
@@ -286,7 +295,7 @@ class Handle:
         if modality is None and bound.get("mm_token_type_ids") is not None:
             types = bound["mm_token_type_ids"]
             modality = types[:, :length].to(torch.int8) if types.shape[1] >= length else None
-        images = any(bound.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
+        images = bound.get("pixel_values") is not None or bool(bound.get("mm_encoder_outputs"))
         if modality is None and ids is None and seen == 0 and images:
             table = self.model.get_input_embeddings()
             modality = modality_of_embeddings(embeddings[:, :length], table, self._placeholders)

@@ -46,7 +46,11 @@ class Prompt:
         known = self.modality
         if known is None and self.ids is not None:
             known = modality_of_ids(self.ids, placeholders)
-        if known is None or known.ndim != 2 or known.shape[1] != self.length or rows % known.shape[0]:
+        if known is None or known.shape[1] != self.length or rows % known.shape[0]:
+            if self.modality is not None:
+                raise ValueError(
+                    f"modality has the shape {tuple(self.modality.shape)}, the prompt is {rows} x {self.length}"
+                )
             return None
         return known.to(device, torch.int8).repeat_interleave(rows // known.shape[0], dim=0)
 
