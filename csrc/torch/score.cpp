@@ -36,12 +36,11 @@ std::tuple<Tensor, Tensor> score(const Tensor& query, const Tensor& key, const T
 
   Tensor key_modality =
       check_modality(op, "modality", modality, query, "query", params.batch, params.keys, "[B, L]");
-  const Tensor window_modality =
-      query_modality.has_value()
-          ? check_modality(op, "query_modality", *query_modality, query, "query", params.batch, params.window,
-                           "[B, O]")
-          : torch::stable::contiguous(
-                torch::stable::narrow(key_modality, 1, params.keys - params.window, params.window));
+  const Tensor window_modality = query_modality.has_value()
+                                     ? check_modality(op, "query_modality", *query_modality, query, "query",
+                                                      params.batch, params.window, "[B, O]")
+                                     : torch::stable::contiguous(torch::stable::narrow(
+                                           key_modality, 1, params.keys - params.window, params.window));
   check_n(op, n);
   params.scale = check_scale(op, scale, params.head_dim);
   params.heads = check_heads(op, heads);
