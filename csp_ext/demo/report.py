@@ -169,8 +169,8 @@ def _time(milliseconds: float | None) -> str:
 
 def size(count: float) -> str:
     """Return a number of bytes as people read it."""
-    for unit in ("B", "KiB", "MiB"):
+    for digits, unit in enumerate(("B", "KiB", "MiB")):
         if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+            return f"{count:.{digits}f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
