@@ -347,7 +347,8 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
             temporary.write_text("half")
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fail)
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert target.read_text() == "old"
     with replacing(target) as temporary:
         temporary.write_text("new")
