@@ -167,6 +167,9 @@ def test_only_the_new_words_of_a_turn(model: Any) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 51])
 def test_chunked_prefill(model: Any, chunk: int) -> None:
+    stock = generate_batch(model, ROWS, 1, prefill_chunk_size=chunk).logits[0]
+    if not torch.allclose(stock, generate_batch(model, ROWS, 1).logits[0], atol=1e-4):
+        pytest.skip(f"transformers {transformers.__version__} itself mixes up images in a chunked prefill")
     with apply(model, CONFIG):
         output = generate_batch(model, ROWS, 4, prefill_chunk_size=chunk)
     assert output.past_key_values.layers[0].keys.shape[-2] == BUDGET + 1 + 3
