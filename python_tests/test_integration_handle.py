@@ -269,6 +269,19 @@ def test_refuses_what_is_not_a_model(model: Any) -> None:
         apply(model, 0.2)  # type: ignore[arg-type]
 
 
+def test_says_when_no_forward_was_seen(model: Any) -> None:
+    def echo(model: Any, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return input_ids
+
+    with apply(model, budget=BUDGET), pytest.warns(UserWarning, match="no forward of the whole model"):
+        model.generate(torch.tensor([make_row("20")]), custom_generate=echo, max_new_tokens=2)
+
+
+def test_refuses_shared_heads_under_tensor_parallelism(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "_tp_size", 2, raising=False)
+    refused(model, "tensor parallelism", heads="shared")
+
+
 def test_refuses_an_old_transformers() -> None:
     require_transformers("5.4.0")
     require_transformers("6.0.0.dev0")

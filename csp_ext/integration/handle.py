@@ -226,6 +226,7 @@ class Handle:
 
     def _warn(self, reason: str, stacklevel: int = 4) -> None:
         """Say once per reason that a prompt is generated from correctly, but not pruned."""
+        self._stats = PruneStats()
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(
