@@ -192,6 +192,23 @@ def test_chunks_by_hand(model: Any) -> None:
     assert_logits_close(after, reference.feed([99]), torch.float64)
 
 
+def test_guidance_runs_a_prompt_of_its_own(model: Any) -> None:
+    """The negative prompt has a cache of its own, longer than the prompt here, and is pruned as itself."""
+    negative = torch.tensor([make_row("70", 13)])
+    seen: list[Any] = []
+    with apply(model, CONFIG):
+        hook = model.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["past_key_values"]), with_kwargs=True
+        )
+        output = generate_batch(model, ROWS[:1], 4, guidance_scale=1.5, negative_prompt_ids=negative)
+        hook.remove()
+    assert_batch_equals_rows(model, output, ROWS[:1], CONFIG, BUDGET)
+    caches = {id(cache): cache for cache in seen}
+    assert len(caches) == 2
+    assert all(cache.layers[0].slots == BUDGET + 1 for cache in caches.values())
+    assert max(cache.get_seq_length() for cache in caches.values()) > 70
+
+
 def test_prompt_lookup(model: Any) -> None:
     row = make_row("5i3", 1) + make_row("4", 9) * 6
     with apply(model, CONFIG):

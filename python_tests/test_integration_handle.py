@@ -87,7 +87,7 @@ def test_the_context_manager_restores_after_an_error(model: Any) -> None:
         raise RuntimeError("on purpose")
     # An error inside a forward leaves the model usable too.
     with apply(model, budget=BUDGET), pytest.raises((ValueError, RuntimeError)):
-        model.generate(input_ids=torch.tensor([ROWS[0]]), pixel_values=torch.zeros(5, 3, 28, 28))
+        model.generate(torch.tensor([ROWS[0]]), pixel_values=torch.zeros(5, 3, 28, 28), max_new_tokens=1)
     with apply(model, budget=BUDGET) as handle:
         generate_batch(model, ROWS, 2)
         assert handle.stats.layers[0].kept == BUDGET
