@@ -41,6 +41,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 DEMO_SIZE: dict[str, Any] = {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "image_size": 336}
 DEMO_REPEATS = 3
+DEMO_NOTE = (
+    "The weights are random: the generated text is noise and not shown, what counts is which tokens are kept. "
+    "A model this small spends most of its time outside attention, so its times say little."
+)
 
 
 @main.command()
@@ -80,7 +84,7 @@ def demo(
             drawn = min(configs, key=lambda run: run.kept_total(prompt))
             picture.draw(processor, prompt, drawn, out, "small LLaVA, random weights")
             progress.update(steps, advance=1, description="done")
-        notes.insert(0, "The weights are random, so the generated text is noise and is not shown.")
+        notes.insert(0, DEMO_NOTE)
         extra = {"command": "demo", "seed": seed, "random_weights": True, "repeats": DEMO_REPEATS}
         outcome = Outcome(model, prompt, runs, runs[0], out, notes, extra)
         outcome.print_json() if as_json else outcome.show()
@@ -160,11 +164,12 @@ def generate(
             runs = configs if full is None else [full, *configs]
             # Only a comparison is worth one more prefill.
             notes = _compare(progress, loaded, ready, runs, max_new_tokens, 1, warm_up=not no_compare)
-            if picture_to is not None and (reason := prompts.why_no_patches(ready)):
+            drawn = min(configs, key=lambda run: run.kept_total(ready))
+            reason = prompts.why_no_patches(ready) or ("" if drawn.layers else "nothing was pruned")
+            if picture_to is not None and reason:
                 notes.append(f"No picture: {reason}.")
                 picture_to = None
             if picture_to is not None:
-                drawn = min(configs, key=lambda run: run.kept_total(ready))
                 picture.draw(processor, ready, drawn, picture_to, model.resolve().name)
             progress.update(steps, advance=1, description="done")
         extra = {

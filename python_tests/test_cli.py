@@ -117,6 +117,7 @@ pytest.importorskip("skimage")
 from PIL import Image  # noqa: E402
 
 from csp_ext.demo import photographs  # noqa: E402
+from csp_ext.demo.checkpoint import NEEDED, why_no_gpu  # noqa: E402
 from csp_ext.tiny_llava import save_tiny_llava  # noqa: E402
 
 SIDE = 8
@@ -272,6 +273,24 @@ def test_generate_without_images_says_why_there_is_no_picture(
 # ---- mistakes ----
 
 
+def test_a_gpu_is_refused_where_its_ops_are_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csp_ext, "cuda_status", lambda: csp_ext.CudaStatus(True, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = []
+
+    def has_kernel(name: str, key: str) -> bool:
+        asked.append((name, key))
+        return "select" not in name
+
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", has_kernel)
+    assert why_no_gpu() == "this build has no CUDA kernels for select"
+    assert asked == [(f"csp::{op}", "CUDA") for op in NEEDED]
+
+
+def test_the_ops_that_pruning_needs_have_cpu_kernels() -> None:
+    assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"csp::{op}", "CPU") for op in NEEDED)
+
+
 @pytest.mark.parametrize("budget", ["abc", "0", "-3", "0.0", "1.5", "nan", "inf", "120%", ""])
 def test_a_bad_budget(csp: Csp, budget: str) -> None:
     assert "budget" in one_line(csp("demo", f"--budget={budget}"))
@@ -397,5 +416,5 @@ def test_options_that_cannot_be(csp: Csp, checkpoint: Path) -> None:
     assert "heads must be one of" in generate("--heads", "all")
     assert "window must be" in generate("--window", "many")
     assert "cross_ratio must lie in [0, 1], got 2" in generate("--cross-ratio", "2")
-    if not torch.cuda.is_available():
-        assert "device cuda" in generate("--device", "cuda")
+    if reason := why_no_gpu():
+        assert f"device cuda: {reason}" in generate("--device", "cuda")
