@@ -42,7 +42,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 DEMO_SIZE: dict[str, Any] = {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "image_size": 336}
 DEMO_REPEATS = 3
 DEMO_NOTE = (
-    "The weights are random: the generated text is noise and not shown, what counts is which tokens are kept. "
+    "The weights are random: the generated text is noise and not shown, what counts is which tokens stay. "
     "A model this small spends most of its time outside attention, so its times say little."
 )
 

@@ -169,7 +169,8 @@ def check_runs(facts: dict[str, Any], budgets: list[float]) -> None:
         assert run["ms_to_first_token"] > 0
 
 
-def test_demo_as_it_is(csp: Csp, tmp_path: Path) -> None:
+def test_demo_as_it_is(csp: Csp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "DEMO_REPEATS", 1)
     out = tmp_path / "demo.png"
     result = csp("demo", "--out", out, "--new-tokens", 4, "--json")
     assert result.exit_code == 0
