@@ -12,7 +12,20 @@ import csp_ext
 from csp_ext import reference
 
 
-def problem(seed, dtype, device="cpu", *, batch=1, group=1, kv_heads=2, window=6, length=40, dim=16, padding=0.0, ids=2):
+def problem(
+    seed,
+    dtype,
+    device="cpu",
+    *,
+    batch=1,
+    group=1,
+    kv_heads=2,
+    window=6,
+    length=40,
+    dim=16,
+    padding=0.0,
+    ids=2,
+):
     """Random query, key, modality; padding keys are NaN, so that a leak shows."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, group * kv_heads, window, dim, generator=generator)
@@ -54,7 +67,21 @@ def check(query, key, modality, **options):
     own_window=st.booleans(),
 )
 def test_matches_the_twin(
-    device, seed, dtype, batch, group, kv_heads, length, window_share, dim, padding, ids, n, heads, causal, own_window
+    device,
+    seed,
+    dtype,
+    batch,
+    group,
+    kv_heads,
+    length,
+    window_share,
+    dim,
+    padding,
+    ids,
+    n,
+    heads,
+    causal,
+    own_window,
 ):
     if device != "cpu" and dtype == torch.float64:
         dtype = torch.float32
@@ -62,12 +89,24 @@ def test_matches_the_twin(
         kv_heads = 1
     window = min(length, 70, -int(-length * window_share // 1))
     query, key, modality = problem(
-        seed, dtype, device, batch=batch, group=group, kv_heads=kv_heads, window=window, length=length, dim=dim, padding=padding, ids=ids
+        seed,
+        dtype,
+        device,
+        batch=batch,
+        group=group,
+        kv_heads=kv_heads,
+        window=window,
+        length=length,
+        dim=dim,
+        padding=padding,
+        ids=ids,
     )
     options = {"n": n, "heads": heads, "causal": causal, "scale": None if seed % 2 else 0.21}
     if own_window:
         generator = torch.Generator().manual_seed(seed)
-        options["query_modality"] = torch.randint(-1, ids, (batch, window), generator=generator).to(device, torch.int8)
+        options["query_modality"] = torch.randint(-1, ids, (batch, window), generator=generator).to(
+            device, torch.int8
+        )
     check(query, key, modality, **options)
 
 
@@ -84,7 +123,9 @@ def test_keys_of_a_cache_and_of_an_expanded_batch(device):
 @pytest.mark.parametrize("causal", [True, False])
 def test_lse_spares_the_pass_and_changes_nothing(device, heads, causal):
     for dtype in (torch.float32, torch.bfloat16):
-        query, key, modality = problem(5, dtype, device, batch=2, group=3, window=21, length=210, dim=48, padding=0.3)
+        query, key, modality = problem(
+            5, dtype, device, batch=2, group=3, window=21, length=210, dim=48, padding=0.3
+        )
         key = key.nan_to_num()
         visible = reference.visibility.visible_keys(modality, 21, causal)[:, None]
         logits = query.double() @ key.double().repeat_interleave(3, 1).mT * 48**-0.5
@@ -114,7 +155,9 @@ def test_padding_anywhere_equals_the_row_alone(device):
     alone = csp_ext.score(query, key, modality, causal=False, query_modality=modality[:, -6:])
     spread = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:130].sort().values.to(device)
     padded_key = torch.full((1, 2, 200, 32), float("nan"), device=device).index_copy(2, spread, key)
-    padded_modality = torch.full((1, 200), -1, dtype=torch.int8, device=device).index_copy(1, spread, modality)
+    padded_modality = torch.full((1, 200), -1, dtype=torch.int8, device=device).index_copy(
+        1, spread, modality
+    )
     padded = csp_ext.score(query, padded_key, padded_modality, causal=False, query_modality=modality[:, -6:])
     for a, b in zip(padded, alone, strict=True):
         torch.testing.assert_close(a[..., spread], b, rtol=1e-5, atol=0)
@@ -169,14 +212,20 @@ def test_opcheck(device):
 
 
 def test_compiles_with_dynamic_shapes(device):
-    compiled = torch.compile(lambda *a: csp_ext.score(*a, heads="shared"), fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *a: csp_ext.score(*a, heads="shared"), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     for length in (40, 133):
         arguments = problem(31, torch.float32, device, length=length, group=2)
         for got, want in zip(compiled(*arguments), csp_ext.score(*arguments, heads="shared"), strict=True):
             assert torch.equal(got, want)
 
 
-GOOD = {"query": torch.ones(2, 4, 3, 8), "key": torch.ones(2, 2, 9, 8), "modality": torch.zeros(2, 9, dtype=torch.int8)}
+GOOD = {
+    "query": torch.ones(2, 4, 3, 8),
+    "key": torch.ones(2, 2, 9, 8),
+    "modality": torch.zeros(2, 9, dtype=torch.int8),
+}
 
 
 @pytest.mark.parametrize(
@@ -191,7 +240,10 @@ GOOD = {"query": torch.ones(2, 4, 3, 8), "key": torch.ones(2, 2, 9, 8), "modalit
         ({"key": torch.ones(2, 3, 9, 8)}, "query must have a multiple of key's 3 heads, got 4"),
         ({"key": torch.ones(2, 0, 9, 8)}, "query must have a multiple of key's 0 heads, got 4"),
         ({"query": torch.ones(2, 4, 10, 8)}, "query must hold at most L = 9 positions, got O = 10"),
-        ({"query": torch.ones(2, 4, 8, 3).mT}, "query must have unit stride in its last dimension, got stride 3"),
+        (
+            {"query": torch.ones(2, 4, 8, 3).mT},
+            "query must have unit stride in its last dimension, got stride 3",
+        ),
         ({"key": torch.ones(2, 2, 8, 9).mT}, "key must have unit stride in its last dimension, got stride 9"),
         ({"modality": torch.zeros(2, 9)}, "modality must be int8, got float32"),
         ({"modality": torch.zeros(2, 8, dtype=torch.int8)}, "modality must have"),
