@@ -286,7 +286,7 @@ def test_demo_keeps_the_old_picture_when_it_fails(
         raise cli.UserError("no\nink")
 
     monkeypatch.setattr(cli, "DEMO_SIZE", {"image_size": EDGE})
-    monkeypatch.setattr(picture, "_words", fail)
+    monkeypatch.setattr(picture, "_headline", fail)
     out = tmp_path / "demo.png"
     out.write_text("old")
     assert one_line(csp("demo", "--out", out, "--new-tokens", 2, "--json")) == "csp: no ink"

@@ -233,10 +233,13 @@ def test_the_table_fits_a_terminal(runs: list[Run], prompt: prompts.Prompt) -> N
     from rich.console import Console
 
     file = io.StringIO()
-    Console(width=80, file=file).print(table(runs, prompt, runs[0]))
+    # As long as a prompt of four LLaVA-1.5 images.
+    longer = replace(prompt, modality=prompt.modality.repeat(36))
+    Console(width=80, file=file).print(table([runs[0], Run("1000 tok", token_s=[0.1234])], longer, runs[0]))
     text = file.getvalue()
     assert "…" not in text
-    assert f"{prompt.image_tokens}/{prompt.image_tokens}" in text
+    assert f"{longer.image_tokens}/{longer.image_tokens}" in text
+    assert "4 images, " in text
 
 
 def test_same_start_and_size() -> None:
@@ -320,7 +323,7 @@ def test_draw_writes_the_picture(
 ) -> None:
     sizes = []
     for budget in (1, 3):
-        picture.draw(processor, prompt, runs[budget], tmp_path / f"{budget}.png")
+        picture.draw(processor, prompt, runs[budget], tmp_path / f"{budget}.png", "tiny")
         with Image.open(tmp_path / f"{budget}.png") as image:
             assert image.format == "PNG"
             sizes.append(image.size)

@@ -87,7 +87,7 @@ def test_the_context_manager_restores_after_an_error(model: Any) -> None:
         raise RuntimeError("on purpose")
     # An error inside a forward leaves the model usable too.
     with apply(model, budget=BUDGET), pytest.raises((ValueError, RuntimeError)):
-        model.generate(input_ids=torch.tensor([ROWS[0]]), pixel_values=torch.zeros(5, 3, 28, 28))
+        model.generate(torch.tensor([ROWS[0]]), pixel_values=torch.zeros(5, 3, 28, 28), max_new_tokens=1)
     with apply(model, budget=BUDGET) as handle:
         generate_batch(model, ROWS, 2)
         assert handle.stats.layers[0].kept == BUDGET
@@ -267,6 +267,19 @@ def test_refuses_what_is_not_a_model(model: Any) -> None:
     refused("llava", "got str", TypeError)
     with pytest.raises(TypeError, match="must be a CSPConfig"):
         apply(model, 0.2)  # type: ignore[arg-type]
+
+
+def test_says_when_no_forward_was_seen(model: Any) -> None:
+    def echo(model: Any, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return input_ids
+
+    with apply(model, budget=BUDGET), pytest.warns(UserWarning, match="no forward of the whole model"):
+        model.generate(torch.tensor([make_row("20")]), custom_generate=echo, max_new_tokens=2)
+
+
+def test_refuses_shared_heads_under_tensor_parallelism(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "_tp_size", 2, raising=False)
+    refused(model, "tensor parallelism", heads="shared")
 
 
 def test_refuses_an_old_transformers() -> None:

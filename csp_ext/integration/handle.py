@@ -211,7 +211,8 @@ class Handle:
             return own(*args, **kwargs)
         outer = self._announced()
         whole = isinstance(ids, Tensor) and ids.ndim == 2 and kwargs.get("inputs_embeds") is None
-        prompt = Prompt(self, lengths[0], ids if whole else None, outer.modality if outer else None)
+        known = outer.modality if outer else None
+        prompt = Prompt(self, lengths[0], ids if whole else None, known, single=True)
         if getattr(kwargs.get("generation_config"), "is_assistant", False):
             self._warn("this model drafts for another, which takes tokens of the prompt back", stacklevel=3)
             prompt.length = 0
@@ -226,6 +227,7 @@ class Handle:
 
     def _warn(self, reason: str, stacklevel: int = 4) -> None:
         """Say once per reason that a prompt is generated from correctly, but not pruned."""
+        self._stats = PruneStats()
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(
@@ -240,60 +242,57 @@ class Handle:
             return None
         bound = dict(zip(self._arguments, args, strict=False)) | kwargs
         cache: Any = bound.get("past_key_values")
+        prompt = self._announced()
         made = cache is None
         if made:
             use_cache = bound.get("use_cache")
             wanted = getattr(self._text_config, "use_cache", True) if use_cache is None else use_cache
             # Training keeps the graph of the whole prompt anyway.
             if not wanted or (module.training and torch.is_grad_enabled()):
-                self._mark_reached()
+                if prompt is not None:
+                    prompt.reached = True
                 return None
             cache = DynamicCache(config=self._text_config)
+        if prompt is None or not prompt.is_of(cache):
+            prompt = Prompt(self, None)
         refused = adopt_cache(cache, self._text_config)
         if refused:
-            self._mark_reached()
+            prompt.reached = True
             self._warn(refused)
             return None
         layers = pruned_layers(cache)
         for layer in layers:
             layer.attended, layer.plan, layer.buffer = True, None, 0
         if layers[0].slots:
-            self._mark_reached()
+            prompt.reached = True
         else:
-            self._prepare(layers, bound)
+            self._prepare(layers, prompt, bound)
         if not made:
             return None
         bound["past_key_values"] = cache
         return (), bound
 
-    def _mark_reached(self) -> None:
-        prompt = self._announced()
-        if prompt is not None:
-            prompt.reached = True
-
-    def _prepare(self, layers: list[PrunedLayer], bound: dict[str, Any]) -> None:
+    def _prepare(self, layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any]) -> None:
         """Give the layers of an unpruned cache a plan if this forward completes a prompt."""
         ids: Any = bound.get("input_ids")
         embeddings: Any = bound.get("inputs_embeds")
         fresh = embeddings if ids is None else ids
         if fresh is None:
             return
-        seen, prompt = layers[0].seen, self._announced()
+        seen = layers[0].seen
         end = seen + fresh.shape[1]
-        length = prompt.length if prompt is not None else None
-        if length is None:
-            # A forward of its own: its prompt is what it puts into an empty cache.
-            length = end if seen == 0 else seen
+        # A forward of its own: its prompt is what it puts into an empty cache.
+        length = prompt.length if prompt.length is not None else (end if seen == 0 else seen)
         if seen >= length:
-            self._mark_reached()
+            prompt.reached = True
             return
         if end < length:
             window = self.config.resolve(length).window
             for layer in layers:
                 layer.buffer = window if isinstance(window, int) else QUESTION_MOST
             return
-        self._mark_reached()
-        modality = prompt.modality_for(fresh.shape[0], self._placeholders, fresh.device) if prompt else None
+        prompt.reached = True
+        modality = prompt.modality_for(fresh.shape[0], self._placeholders, fresh.device)
         if modality is None and ids is not None and seen == 0:
             modality = modality_of_ids(ids[:, :length], self._placeholders)
         if modality is None and bound.get("mm_token_type_ids") is not None:
@@ -310,7 +309,7 @@ class Handle:
             )
             return
         real = real_tokens(bound.get("attention_mask"), length)
-        if prompt is not None and prompt.modality is not None:
+        if prompt.modality is not None:
             real = modality >= 0 if real is None else real & (modality >= 0)
         plan = Plan.make(modality, real, self.config)
         for layer in layers:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,8 @@ class Prompt:
         [B, length] token ids, where they are known for the whole prompt.
     modality : Tensor or None
         [B, length], given by the user; wins over `ids`.
+    single : bool
+        One prompt, of the first cache that comes (``generate``), rather than every prompt of a block.
     reached : bool
         Whether some forward completed it.
     """
@@ -39,7 +43,15 @@ class Prompt:
     length: int | None
     ids: Tensor | None = None
     modality: Tensor | None = None
+    single: bool = False
     reached: bool = False
+    cache: weakref.ref[Any] | None = None
+
+    def is_of(self, cache: Any) -> bool:
+        """Say whether this cache holds the prompt; guidance runs prompts of its own inside ``generate``."""
+        if self.single and self.cache is None:
+            self.cache = weakref.ref(cache)
+        return self.cache is None or self.cache() is cache
 
     def modality_for(self, rows: int, placeholders: dict[int, int], device: torch.device) -> Tensor | None:
         """Return the modality [rows, length] int8; beams and returned sequences repeat each row."""
