@@ -1,15 +1,14 @@
-"""score against eager torch and against the bare q.k product: python bench/bench_score.py [--json] [--quick]."""
+"""score against eager torch and the bare q.k product: python bench/bench_score.py [--json] [--quick]."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 import torch
 from harness import flops, interleave, report
 from torch import Tensor
 
-import csp_ext
+from csp_ext import _host, score
 
 # batch, query heads, KV heads, window O, keys L, head_dim
 SHAPES = {
@@ -38,15 +37,6 @@ def eager(query: Tensor, key: Tensor, modality: Tensor, n: float = 1.0) -> tuple
     return own.reshape(shape).mean(2), other.reshape(shape).mean(2)
 
 
-def scratch_bytes(run: Callable[[], object]) -> int:
-    """Return the bytes that a call takes from torch's allocator beyond what it returns."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = run()
-    changes = [e.self_cpu_memory_usage for e in profile.events() if e.name == "[memory]"]
-    del kept
-    return -sum(change for change in changes if change < 0)
-
-
 def compare(case: str, dtype: torch.dtype, repeats: int) -> dict[str, object]:
     """Time one shape against both peers."""
     batch, num_heads, num_kv_heads, window, length, head_dim = SHAPES[case]
@@ -62,15 +52,25 @@ def compare(case: str, dtype: torch.dtype, repeats: int) -> dict[str, object]:
     product = torch.empty(batch, num_kv_heads, grouped.shape[2], length, dtype=dtype)
     times = interleave(
         {
-            "score": lambda: csp_ext.score(query, key, modality),
-            "lse": lambda: csp_ext.score(query, key, modality, lse=lse),
+            "score": lambda: score(query, key, modality),
+            "lse": lambda: score(query, key, modality, lse=lse),
             "eager": lambda: eager(query, key, modality),
             "matmul": lambda: torch.matmul(grouped, key.transpose(-1, -2), out=product),
         },
         repeats,
     )
-    for got, want in zip(csp_ext.score(query, key, modality), eager(query, key, modality), strict=True):
+    for got, want in zip(score(query, key, modality), eager(query, key, modality), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3 if dtype == torch.float32 else 3e-2, atol=1e-4)
+    scratch = _host.score_workspace_bytes(
+        batch=batch,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        window=window,
+        keys=length,
+        head_dim=head_dim,
+        dtype=str(dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
     work = 2 * batch * num_heads * window * length * head_dim
     mine = times["score"].median
     return {
@@ -81,8 +81,8 @@ def compare(case: str, dtype: torch.dtype, repeats: int) -> dict[str, object]:
         "score/matmul": mine / times["matmul"].median,
         "with lse ms": times["lse"].median * 1e3,
         "GFLOP/s": work / mine / 1e9,
-        "scratch MiB": scratch_bytes(lambda: csp_ext.score(query, key, modality)) / 2**20,
-        "eager MiB": batch * num_heads * window * length * 4 / 2**20,
+        "scratch MiB": scratch / 2**20,
+        "eager matrix MiB": batch * num_heads * window * length * 4 / 2**20,
     }
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     quick = "--quick" in sys.argv
     bound = flops() / 1e9
     rows = [
-        {**compare(case, dtype, 3 if quick else 15), "fp32 bound GFLOP/s": bound}
+        {**compare(case, dtype, 3 if quick else 15), "fp32 bound": bound}
         for case in SHAPES
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
         if not (quick and dtype == torch.float16)
