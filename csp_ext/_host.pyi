@@ -13,3 +13,16 @@ class BuildInfo(TypedDict):
 
 def build_info() -> BuildInfo: ...
 def cpu_capability() -> str: ...
+def score_workspace_bytes(
+    *,
+    batch: int,
+    num_heads: int,
+    num_kv_heads: int,
+    window: int,
+    keys: int,
+    head_dim: int,
+    dtype: str,
+    shared: bool = False,
+    with_lse: bool = False,
+    threads: int = 1,
+) -> int: ...

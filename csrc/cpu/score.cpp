@@ -28,7 +28,7 @@ ScorePlan plan_of(const ScoreParams& p) {
   plan.partials = p.heads == Heads::kShared ? p.num_kv_heads * plan.chunks : plan.chunks;
   plan.padded_keys = ceil_div(p.keys, kScoreBlock) * kScoreBlock;
   plan.mean = 1.0 / static_cast<double>(p.heads == Heads::kShared ? p.num_heads : plan.group);
-  plan.bf16_dot = p.dtype == DType::kBFloat16 && p.head_dim % 2 == 0 && cpu_has_bf16_dot();
+  plan.bf16_dot = p.dtype == DType::kBFloat16 && p.head_dim > 0 && p.head_dim % 2 == 0 && cpu_has_bf16_dot();
   return plan;
 }
 
