@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from csp_ext import _library
-from csp_ext._host import __version__, build_info, cpu_capability
+from csp_ext._host import __version__, build_info, cpu_capability, plan
 from csp_ext._library import CudaStatus, cuda_status
 from csp_ext.ops import *  # noqa: F403
 from csp_ext.ops import __all__ as _op_names
@@ -17,6 +17,7 @@ __all__ = [
     "cpu_capability",
     "cuda_status",
     "get_include",
+    "plan",
     *_op_names,
 ]
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from csp_ext import _host  # noqa: F401  (an editable install rebuilds here, so before a library is loaded)
+
 
 @dataclass(frozen=True)
 class CudaStatus:
