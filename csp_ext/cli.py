@@ -78,7 +78,7 @@ def demo(
             notes = _compare(progress, model, prompt, runs, new_tokens, DEMO_REPEATS, warm_up=True)
             progress.update(steps, description="drawing the picture")
             drawn = min(configs, key=lambda run: run.kept_total(prompt))
-            picture.draw(processor, prompt, drawn, out)
+            picture.draw(processor, prompt, drawn, out, "small LLaVA, random weights")
             progress.update(steps, advance=1, description="done")
         notes.insert(0, "The weights are random, so the generated text is noise and is not shown.")
         extra = {"command": "demo", "seed": seed, "random_weights": True, "repeats": DEMO_REPEATS}
@@ -158,14 +158,14 @@ def generate(
             ready = prompts.assemble(processor, loaded, text, images)
             full = None if no_compare else Run("full")
             runs = configs if full is None else [full, *configs]
-            # A GPU's first kernels load slowly; on a CPU a second prefill would only cost time.
-            notes = _compare(progress, loaded, ready, runs, max_new_tokens, 1, warm_up=place.type == "cuda")
+            # Only a comparison is worth one more prefill.
+            notes = _compare(progress, loaded, ready, runs, max_new_tokens, 1, warm_up=not no_compare)
             if picture_to is not None and (reason := prompts.why_no_patches(ready)):
                 notes.append(f"No picture: {reason}.")
                 picture_to = None
             if picture_to is not None:
                 drawn = min(configs, key=lambda run: run.kept_total(ready))
-                picture.draw(processor, ready, drawn, picture_to)
+                picture.draw(processor, ready, drawn, picture_to, model.resolve().name)
             progress.update(steps, advance=1, description="done")
         extra = {
             "command": "generate",
@@ -251,15 +251,16 @@ def _compare(
 
 
 def _progress(hidden: bool) -> Progress:
-    """Return progress bars on stderr that vanish when done."""
+    """Return progress bars on stderr that vanish when done; a log file gets none."""
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
-        disable=hidden,
+        disable=hidden or not console.is_terminal,
     )
 
 

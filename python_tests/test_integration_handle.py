@@ -1,5 +1,6 @@
 """Applying CSP to a model and taking it out again; what is refused, and what the statistics say."""
 
+# ruff: noqa: E402  (these imports need the optional transformers)
 from __future__ import annotations
 
 import copy
@@ -23,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 from csp_ext.config import CSPConfig
 from csp_ext.integration import Handle, apply
+from csp_ext.integration.requirement import require_transformers
 
 ROWS = [make_row("5i3i12", 1), make_row("2i20", 2)]
 BUDGET = 14
@@ -85,7 +87,7 @@ def test_the_context_manager_restores_after_an_error(model: Any) -> None:
         raise RuntimeError("on purpose")
     # An error inside a forward leaves the model usable too.
     with apply(model, budget=BUDGET), pytest.raises((ValueError, RuntimeError)):
-        model.generate(input_ids=torch.tensor([ROWS[0]]), pixel_values=torch.zeros(5, 3, 28, 28))
+        model.generate(torch.tensor([ROWS[0]]), pixel_values=torch.zeros(5, 3, 28, 28), max_new_tokens=1)
     with apply(model, budget=BUDGET) as handle:
         generate_batch(model, ROWS, 2)
         assert handle.stats.layers[0].kept == BUDGET
@@ -236,7 +238,7 @@ def test_output_attentions(model: Any) -> None:
         model.set_attn_implementation({"text_config": "sdpa"})
 
 
-# --- refusals ------------------------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------
 
 
 def refused(model: Any, match: str, error: type[Exception] = ValueError, **fields: Any) -> None:
@@ -267,6 +269,26 @@ def test_refuses_what_is_not_a_model(model: Any) -> None:
         apply(model, 0.2)  # type: ignore[arg-type]
 
 
+def test_says_when_no_forward_was_seen(model: Any) -> None:
+    def echo(model: Any, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return input_ids
+
+    with apply(model, budget=BUDGET), pytest.warns(UserWarning, match="no forward of the whole model"):
+        model.generate(torch.tensor([make_row("20")]), custom_generate=echo, max_new_tokens=2)
+
+
+def test_refuses_shared_heads_under_tensor_parallelism(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "_tp_size", 2, raising=False)
+    refused(model, "tensor parallelism", heads="shared")
+
+
+def test_refuses_an_old_transformers() -> None:
+    require_transformers("5.4.0")
+    require_transformers("6.0.0.dev0")
+    with pytest.raises(ImportError, match=r"needs transformers 5\.4 or newer, 5\.3\.1"):
+        require_transformers("5.3.1")
+
+
 def test_refuses_wrong_fields(model: Any) -> None:
     refused(model, "budget", budget=1.5)
     refused(model, "budget", TypeError, budget="much")
@@ -284,7 +306,12 @@ def test_refuses_a_model_without_image_tokens() -> None:
 def test_refuses_an_all_sliding_model() -> None:
     text = small_text_config(transformers.MistralConfig, sliding_window=8)
     vision = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=28,
+        patch_size=14,
     )
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=3)
     refused(transformers.LlavaForConditionalGeneration(config), "sliding window")
@@ -334,7 +361,11 @@ def test_refuses_a_foreign_attention(model: Any) -> None:
         model.config.text_config._attn_implementation_internal = "sdpa"
 
 
-def test_refuses_a_model_that_does_not_look_up_its_attention(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(model.model.language_model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+def test_refuses_a_model_that_does_not_look_up_its_attention(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        type(model.model.language_model), "_can_set_attn_implementation", classmethod(lambda cls: False)
+    )
     refused(model, "AttentionInterface")
     assert model.config.text_config._attn_implementation == "sdpa"

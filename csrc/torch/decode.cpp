@@ -1,0 +1,116 @@
+#include "csp/decode.h"
+
+#include "backend.h"
+#include "checks.h"
+
+namespace csp {
+namespace {
+
+constexpr const char* op = "decode";
+constexpr int64_t kMaxQueries = 8;
+constexpr int64_t kMaxHeadDim = 512;
+
+void check_cache(const char* name, const Tensor& t, const Tensor& query, const Tensor& key) {
+  check_rank(op, name, t, 4, "[B, Hkv, C, D]");
+  check_dtype(op, name, t, query.scalar_type());
+  check_device(op, name, t, query, "query");
+  check_size(op, name, t, 0, query.size(0), "batch size");
+  check_size(op, name, t, 1, key.size(1), "key's head count");
+  check_size(op, name, t, 2, key.size(2), "key's capacity");
+  check_size(op, name, t, 3, query.size(3), "query's head_dim");
+  check_unit_stride(op, name, t);
+}
+
+void set_start(DecodeParams& params, const Tensor& start, const Tensor& query) {
+  CSP_CHECK(start.dim() == 1 || start.dim() == 2, op, "start must be [B] or [B, Hkv], got ", start.dim(), "-D ",
+            shape_of(start));
+  check_dtype(op, "start", start, ScalarType::Int);
+  check_device(op, "start", start, query, "query");
+  check_size(op, "start", start, 0, params.batch, "batch size");
+  if (start.dim() == 2) check_size(op, "start", start, 1, params.num_kv_heads, "key's head count");
+  params.start = start.const_data_ptr<int32_t>();
+  params.start_batch = start.stride(0);
+  params.start_head = start.dim() == 2 ? start.stride(1) : 0;
+}
+
+void set_end(DecodeParams& params, const Tensor& end, const Tensor& query) {
+  CSP_CHECK(end.dim() == 0, op, "end must be a 0-D int32 tensor, got ", end.dim(), "-D ", shape_of(end));
+  check_dtype(op, "end", end, ScalarType::Int);
+  check_device(op, "end", end, query, "query");
+  params.end = end.const_data_ptr<int32_t>();
+}
+
+DecodeParams params_of(const Tensor& query, const Tensor& key, const Tensor& value,
+                       const std::optional<Tensor>& start, const std::optional<Tensor>& end, double n,
+                       std::optional<double> scale) {
+  check_rank(op, "query", query, 4, "[B, Hq, Q, D]");
+  DecodeParams params;
+  params.dtype = floating_dtype(op, "query", query);
+  CSP_CHECK(query.size(2) >= 1 && query.size(2) <= kMaxQueries, op, "query must hold 1 to ", kMaxQueries,
+            " new queries per row, got Q = ", query.size(2));
+  CSP_CHECK(query.size(3) >= 1 && query.size(3) <= kMaxHeadDim, op, "query must have a head_dim between 1 and ",
+            kMaxHeadDim, ", got ", query.size(3));
+  check_unit_stride(op, "query", query);
+  check_cache("key", key, query, key);
+  check_cache("value", value, query, key);
+  check_group(op, query.size(1), key.size(1));
+  check_int32(op, "key's capacity", key.size(2));
+  check_n(op, n);
+
+  params.query = query.const_data_ptr();
+  params.query_stride = strides_of(query);
+  params.key = key.const_data_ptr();
+  params.key_stride = strides_of(key);
+  params.value = value.const_data_ptr();
+  params.value_stride = strides_of(value);
+  params.batch = query.size(0);
+  params.num_heads = query.size(1);
+  params.num_kv_heads = key.size(1);
+  params.queries = query.size(2);
+  params.capacity = key.size(2);
+  params.head_dim = query.size(3);
+  params.n = n;
+  params.scale = check_scale(op, scale, params.head_dim);
+  if (start) set_start(params, *start, query);
+  if (end) set_end(params, *end, query);
+  return params;
+}
+
+// On the CPU the values can be read, so a wrong one is an error.
+void check_range(const DecodeParams& params) {
+  const int64_t capacity = params.capacity;
+  if (params.end != nullptr) {
+    CSP_CHECK(*params.end >= 0 && *params.end <= capacity, op, "end must be between 0 and the capacity ", capacity,
+              ", got ", *params.end);
+  }
+  if (params.start == nullptr) return;
+  for (int64_t b = 0; b < params.batch; ++b) {
+    for (int64_t h = 0; h < params.num_kv_heads; ++h) {
+      const int32_t start = params.start[b * params.start_batch + h * params.start_head];
+      CSP_CHECK(start >= 0 && start <= capacity, op, "start must be between 0 and the capacity ", capacity,
+                ", got ", start, " for row ", b, ", head ", h);
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key, const Tensor& value,
+                                  const std::optional<Tensor>& start, const std::optional<Tensor>& end, double n,
+                                  std::optional<double> scale) {
+  DecodeParams params = params_of(query, key, value, start, end, n, scale);
+  check_range(params);
+  Tensor out = empty(query, {params.batch, params.num_heads, params.queries, params.head_dim},
+                     query.scalar_type());
+  Tensor lse = empty(query, {params.batch, params.num_heads, params.queries},
+                     scalar_type_of(accumulate_dtype(params.dtype)));
+  params.out = out.mutable_data_ptr();
+  params.lse = lse.mutable_data_ptr();
+  const Parallel parallel = torch_parallel();
+  const Tensor scratch = workspace(query, decode_cpu_workspace_bytes(params, parallel.num_threads));
+  decode_cpu(params, scratch.mutable_data_ptr(), parallel);
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace csp
+
+CSP_IMPL(decode)
