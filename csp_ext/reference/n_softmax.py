@@ -31,5 +31,5 @@ def n_softmax(logits: torch.Tensor, n: float = 1.0) -> torch.Tensor:
     shift = x.detach().amax(dim=-1, keepdim=True).clamp_min(log_n)
     shift = torch.where(shift == -math.inf, torch.zeros_like(shift), shift)
     weights = torch.exp(x - shift)
-    total = weights.sum(dim=-1, keepdim=True) + n * torch.exp(-shift)
+    total = weights.sum(dim=-1, keepdim=True) + torch.exp(log_n - shift)
     return weights / torch.where(total == 0, torch.ones_like(total), total)

@@ -6,9 +6,9 @@
 namespace csp {
 
 // The literal masks of CSP Eq. 2-3: top-k_self of `self` and top-k_cross of `cross`, intersected or united.
-// Ties: the higher self + cross, then the later position. An invalid key is never selected.
+// Equal scores: the later position. An invalid key is never selected.
 struct DualTopKParams {
-  DType dtype = DType::kFloat32;      // of self and cross: float32 or float64
+  DType dtype = DType::kFloat32;      // of self and cross
   const void* self = nullptr;         // [rows, N], contiguous
   const void* cross = nullptr;        // [rows, N], contiguous
   const bool* valid_self = nullptr;   // [rows, N], contiguous; null: every key is valid
@@ -16,8 +16,8 @@ struct DualTopKParams {
   bool* mask = nullptr;               // [rows, N], contiguous
   int64_t rows = 0;
   int64_t keys = 0;
-  int64_t k_self = 0;                        // clamped to the valid keys of the row
-  int64_t k_cross = 0;                       // clamped to the valid keys of the row
+  int64_t k_self = 0;                        // >= 0, clamped to the valid keys of the row
+  int64_t k_cross = 0;                       // >= 0, clamped to the valid keys of the row
   Combine combine = Combine::kIntersection;  // kIntersection or kUnion
 };
 

@@ -21,6 +21,9 @@ struct SegmentedColumnSumParams {
   int64_t keys = 0;    // N
 };
 
+// Independent pieces that segmented_column_sum_cpu cuts the problem into, whatever the number of threads.
+int64_t segmented_column_sum_cpu_tasks(const SegmentedColumnSumParams& params);
+
 void segmented_column_sum_cpu(const SegmentedColumnSumParams& params, const Parallel& parallel = {});
 
 }  // namespace csp

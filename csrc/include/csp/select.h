@@ -8,7 +8,7 @@ namespace csp {
 // Which keys a row keeps: the last `recent` real tokens and the best candidates, exactly `budget` slots.
 // A row with fewer real tokens than the budget keeps them all; free slots stand at the left as -1.
 struct SelectParams {
-  DType dtype = DType::kFloat32;           // of self and cross: float32 or float64
+  DType dtype = DType::kFloat32;           // of self and cross
   const void* self = nullptr;              // [B, Hs, L], contiguous
   const void* cross = nullptr;             // [B, Hs, L], contiguous
   const int8_t* modality = nullptr;        // [B, L], contiguous; < 0: padding
@@ -16,13 +16,13 @@ struct SelectParams {
   int32_t* indices = nullptr;              // [B, Hs, T], contiguous, ascending, -1 first
   int32_t* lengths = nullptr;              // [B, Hs], contiguous
   int64_t batch = 0;
-  int64_t score_heads = 0;  // Hs
-  int64_t keys = 0;         // L
-  int64_t window = 0;       // O
-  int64_t budget = 0;       // T
-  int64_t recent = 0;       // R <= T
-  int64_t k_self = -1;      // -1: exact budget; otherwise the literal masks of Eq. 2-3
-  int64_t k_cross = -1;
+  int64_t score_heads = 0;        // Hs
+  int64_t keys = 0;               // L
+  int64_t window = 0;             // O
+  int64_t budget = 0;             // T
+  int64_t recent = 0;             // R <= T
+  int64_t k_self = -1;            // -1: exact budget; otherwise the literal masks of Eq. 2-3,
+  int64_t k_cross = -1;           // which with the recent ones fit into the budget
   int32_t rho_thousandths = 500;  // cross_ratio * 1000, rounded
   Combine combine = Combine::kIntersection;
   Pool pool = Pool::kNone;

@@ -1,0 +1,67 @@
+# make demo: installs what it needs into .venv, runs the main job, writes demo.png.
+# make test: installs what it needs, builds, runs every test. make check: style, types and ABI.
+PYTHON ?= python3
+VENV ?= .venv
+# Any torch >= 2.10 will do; a range would let pip fetch the newest CUDA build, gigabytes of it.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt
+
+.PHONY: demo test cpp gtest check format wheel bench print-torch clean
+
+demo: $(VENV)/.demo
+	$(BIN)/csp demo
+
+test: $(VENV)/.dev gtest cpp
+	$(BIN)/python -m pytest
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" numpy
+	$(BIN)/pip install --quiet --disable-pip-version-check "scikit-build-core>=0.10" "pybind11>=2.13" ninja cmake
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[demo]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	touch $@ $(VENV)/.demo
+
+# GoogleTest is Debian's: installed where we are root there, otherwise its absence is said and the C++ tests skip.
+gtest:
+	@sh tools/gtest.sh
+
+# The C++ tests twice: optimised, and under AddressSanitizer and UndefinedBehaviorSanitizer.
+cpp: $(VENV)/.torch gtest
+	@for preset in cpp asan; do \
+	  $(BIN)/cmake --preset $$preset -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja --log-level=WARNING && \
+	  $(BIN)/cmake --build --preset $$preset -- --quiet || exit 1; \
+	done
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*' 'cpp_tests/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/torch-abi-audit --check torch csp_ext
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format --quiet .
+	git ls-files 'csrc/*' 'cpp_tests/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
+
+# Shares its build folder with the editable install, so that nothing is compiled twice.
+wheel: $(VENV)/.torch
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+
+bench: $(VENV)/.dev
+	@for file in bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+print-torch:
+	@echo "$(TORCH)"
+
+clean:
+	rm -rf build dist $(VENV)

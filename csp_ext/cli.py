@@ -1,0 +1,277 @@
+"""The ``csp`` command: ``demo``, ``generate`` and ``info``."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from csp_ext.demo.console import UserError, check_target, first_line, require, stdout
+
+if TYPE_CHECKING:
+    from csp_ext.demo.prompts import Prompt
+    from csp_ext.demo.run import Run
+
+main = typer.Typer(
+    name="csp",
+    help="Cross-Self Pruning of the KV cache of vision-language models (arXiv 2412.04652).",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Budgets = Annotated[
+    list[str],
+    typer.Option(
+        "--budget",
+        help="How much of the prompt's cache to keep: a share such as `0.2` or `20%`, or a number of tokens "
+        "such as `300`. Give it several times to compare.",
+        metavar="SHARE|TOKENS",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress bars.")]
+
+DEMO_SIZE: dict[str, Any] = {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "image_size": 336}
+DEMO_REPEATS = 3
+DEMO_NOTE = (
+    "The weights are random: the generated text is noise and not shown, what counts is which tokens stay. "
+    "A model this small spends most of its time outside attention, so its times say little."
+)
+
+
+@main.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The picture of what each layer keeps.")] = Path("demo.png"),
+    budget: Budgets = ["0.2", "0.5"],  # noqa: B006 (typer's defaults are lists)
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate per run.", min=2)] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the model's random weights.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Prune a small LLaVA on real photographs: a table and a picture, offline, in seconds.
+
+    The model is built on the spot with random weights: the text it writes is noise. What the table and the
+    picture show is the mechanism: which tokens each layer keeps, the memory that frees, the time per token.
+    """
+    with one_line_errors():
+        configs = _configs(budget, {})
+        require("demo", "transformers", "PIL", "skimage", "matplotlib")
+        from csp_ext.demo import photographs, picture, prompts
+        from csp_ext.demo.report import Outcome
+        from csp_ext.demo.run import Run
+        from csp_ext.tiny_llava import build_tiny_llava, build_tiny_processor
+
+        check_target(out, picture.SUFFIXES)
+        _quiet()
+        with _progress(as_json) as progress:
+            steps = progress.add_task("building a small LLaVA", total=3)
+            model = build_tiny_llava(seed, **DEMO_SIZE)
+            processor = build_tiny_processor(image_size=DEMO_SIZE["image_size"])
+            progress.update(steps, advance=1, description="reading the photographs")
+            images = photographs.bundled()
+            prompt = prompts.assemble(processor, model, prompts.demo_messages(images), images)
+            progress.update(steps, advance=1, description="generating")
+            runs = [Run("full"), *configs]
+            notes = _compare(progress, model, prompt, runs, new_tokens, DEMO_REPEATS, warm_up=True)
+            progress.update(steps, description="drawing the picture")
+            drawn = min(configs, key=lambda run: run.kept_total(prompt))
+            picture.draw(processor, prompt, drawn, out, "small LLaVA, random weights")
+            progress.update(steps, advance=1, description="done")
+        notes.insert(0, DEMO_NOTE)
+        extra = {"command": "demo", "seed": seed, "random_weights": True, "repeats": DEMO_REPEATS}
+        outcome = Outcome(model, prompt, runs, runs[0], out, notes, extra)
+        outcome.print_json() if as_json else outcome.show()
+
+
+@main.command()
+def generate(
+    model: Annotated[
+        Path,
+        typer.Option(help="Folder of a checkpoint with its processor; nothing is downloaded.", metavar="DIR"),
+    ],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="A question, which the images come before; or text with the model's image token where each "
+            "image belongs, taken as it is; or a JSON list of chat messages."
+        ),
+    ],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image; give it once per image.", metavar="FILE")
+    ] = None,
+    budget: Budgets = ["0.2"],  # noqa: B006
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate per run.", min=1)] = 64,
+    no_compare: Annotated[
+        bool, typer.Option("--no-compare", help="Skip the run over the full cache.")
+    ] = False,
+    picture_to: Annotated[
+        Path | None,
+        typer.Option("--picture", help="Draw what each layer keeps at the smallest budget.", metavar="FILE"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (the checkpoint's), float32, float16 or bfloat16.")
+    ] = "auto",
+    window: Annotated[
+        str | None,
+        typer.Option(help="Queries that observe: a number, question or half.", rich_help_panel="Method"),
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(help="A kept set per KV head (kv) or for all (shared).", rich_help_panel="Method"),
+    ] = None,
+    combine: Annotated[
+        str | None, typer.Option(help="intersection, union or calibrated.", rich_help_panel="Method")
+    ] = None,
+    cross_ratio: Annotated[
+        float | None, typer.Option(help="Share of the cross scores, 0 to 1.", rich_help_panel="Method")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a question about images with a local checkpoint, over the full and over pruned caches."""
+    with one_line_errors():
+        size = int(window) if window is not None and window.isdecimal() else window
+        fields = {"window": size, "heads": heads, "combine": combine, "cross_ratio": cross_ratio}
+        configs = _configs(budget, {name: value for name, value in fields.items() if value is not None})
+        require("hf", "transformers", "PIL")
+        from csp_ext.demo import checkpoint, photographs, picture, prompts
+        from csp_ext.demo.report import Outcome, decoded
+        from csp_ext.demo.run import Run
+
+        checkpoint.check_folder(model)
+        if dtype not in checkpoint.DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(checkpoint.DTYPES)}, got {dtype!r}")
+        place = checkpoint.device_of(device)
+        if picture_to is not None:
+            require("demo", "matplotlib")
+            check_target(picture_to, picture.SUFFIXES)
+        images = [photographs.read(path) for path in image or []]
+        _quiet()
+        with _progress(as_json) as progress:
+            steps = progress.add_task("loading the model", total=2)
+            loaded, processor = checkpoint.load(model, place, dtype)
+            progress.update(steps, advance=1, description="generating")
+            text = prompts.written(processor, prompt, len(images))
+            ready = prompts.assemble(processor, loaded, text, images)
+            full = None if no_compare else Run("full")
+            runs = configs if full is None else [full, *configs]
+            # Only a comparison is worth one more prefill.
+            notes = _compare(progress, loaded, ready, runs, max_new_tokens, 1, warm_up=not no_compare)
+            drawn = min(configs, key=lambda run: run.kept_total(ready))
+            reason = prompts.why_no_patches(ready) or ("" if drawn.layers else "nothing was pruned")
+            if picture_to is not None and reason:
+                notes.append(f"No picture: {reason}.")
+                picture_to = None
+            if picture_to is not None:
+                picture.draw(processor, ready, drawn, picture_to, model.resolve().name)
+            progress.update(steps, advance=1, description="done")
+        extra = {
+            "command": "generate",
+            "device": str(place),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+        }
+        outcome = Outcome(loaded, ready, runs, full, picture_to, notes, extra)
+        outcome.texts = {run.name: decoded(processor, run.tokens) for run in runs}
+        outcome.print_json() if as_json else outcome.show()
+
+
+@main.command()
+def info(as_json: Json = False) -> None:
+    """Print versions, the libraries that are loaded, CPU capability, CUDA status and the build."""
+    from csp_ext.info import collect, render
+
+    facts = collect()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        stdout().print(render(facts))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a mistake of the user's into one line on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        typer.echo(f"csp: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+def parse_budget(text: str) -> int | float:
+    """Return the budget a user wrote: "0.2" and "20%" are shares, "300" is a number of tokens."""
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return float(text) if any(mark in text for mark in ".en") else int(text)
+    except ValueError:
+        wanted = "a share such as 0.2 or a number of tokens such as 300"
+        raise UserError(f"budget must be {wanted}, got {text!r}") from None
+
+
+def _configs(budgets: list[str], fields: dict[str, Any]) -> list[Run]:
+    """Return one run per budget, without results yet."""
+    from csp_ext.config import CSPConfig
+    from csp_ext.demo.run import Run
+
+    runs: dict[str, Run] = {}
+    for text in budgets:
+        budget = parse_budget(text)
+        name = f"{100 * budget:.4g} %" if isinstance(budget, float) else f"{budget} tok"
+        try:
+            runs[name] = Run(name, CSPConfig(budget=budget, **fields))
+        except (TypeError, ValueError) as error:
+            raise UserError(first_line(error)) from None
+    return list(runs.values())
+
+
+def _compare(
+    progress: Progress,
+    model: Any,
+    prompt: Prompt,
+    runs: list[Run],
+    new_tokens: int,
+    repeats: int,
+    warm_up: bool,
+) -> list[str]:
+    """Run :func:`csp_ext.demo.run.compare` with a bar per run."""
+    from csp_ext.demo.run import compare
+
+    total = new_tokens * repeats
+    bars = {run.name: progress.add_task(f"generating, {run.name}", total=total) for run in runs}
+
+    def advance(name: str) -> None:
+        progress.advance(bars[name])
+
+    notes = compare(model, prompt, runs, new_tokens, repeats=repeats, warm_up=warm_up, on_token=advance)
+    for bar in bars.values():
+        progress.update(bar, total=progress.tasks[bar].completed)
+    return notes
+
+
+def _progress(hidden: bool) -> Progress:
+    """Return progress bars on stderr that vanish when done; a log file gets none."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=hidden or not console.is_terminal,
+    )
+
+
+def _quiet() -> None:
+    """Keep transformers' own bars and hints off the terminal; errors stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,123 @@
+"""The named attention functions: the model's own kernel, and a prune right after a prompt's last token."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from csp_ext.integration.cache import PrunedLayer, updated_layer
+
+# A name here must contain neither "flash" nor a slash: transformers takes those for kernels of its own.
+IMPLEMENTATIONS = {"eager": "csp_eager", "sdpa": "csp_sdpa"}
+_MASKS: dict[str, Callable[..., Any]] = {"eager": eager_mask, "sdpa": sdpa_mask}
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def _stock(base: str, module: Any) -> Attention:
+    """Return the function that `base` means for this module; "eager" is the one of the model's own file."""
+    if base == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def _attend(
+    base: str,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with the stock kernel; prune the layer's cache where this forward completes a prompt.
+
+    Parameters
+    ----------
+    base : str
+        The stock implementation behind the name.
+    module : torch.nn.Module
+        The attention module.
+    query : Tensor
+        [B, Hq, q, D], after RoPE.
+    key, value : Tensor
+        [B, Hkv, S, D], what the cache handed out.
+    attention_mask : Tensor or None
+        Of the stock implementation's kind.
+
+    Returns
+    -------
+    tuple
+        (output [B, q, Hq, D], attention weights or None).
+    """
+    stock = _stock(base, module)
+    layer = updated_layer(key)
+    if layer is None:
+        return stock(module, query, key, value, attention_mask, **kwargs)
+    if layer.plan is not None:
+        return _complete(stock, layer, module, query, key, value, attention_mask, **kwargs)
+    if layer.buffer:
+        layer.remember(query)
+    elif layer.slots:
+        attention_mask = layer.mask(attention_mask, query)
+    return stock(module, query, key, value, attention_mask, **kwargs)
+
+
+def _complete(
+    stock: Attention,
+    layer: PrunedLayer,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend to the whole prompt, prune, and let drafted tokens behind the prompt see the pruned cache."""
+    plan = layer.plan
+    assert plan is not None
+    length = plan.length
+    drafts = layer.seen - length if plan.prunes else 0
+    prompt, tail = query[:, :, : query.shape[2] - drafts], query[:, :, query.shape[2] - drafts :]
+    mask = attention_mask
+    if drafts and mask is not None:
+        mask = mask[..., : prompt.shape[2], :length]
+    stored = length if drafts else key.shape[2]
+    output = stock(module, prompt, key[:, :, :stored], value[:, :, :stored], mask, **kwargs)
+    if layer.buffer:
+        layer.remember(prompt)
+        layer.buffer = 0
+    window = prompt if layer.queries is None else layer.queries
+    causal = getattr(module, "is_causal", True)
+    plan.carry_out(module.layer_idx, layer, window, kwargs.get("scaling"), causal)
+    if not drafts:
+        return output
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., prompt.shape[2] :, :]
+    drafted, _ = stock(module, tail, layer.keys, layer.values, layer.mask(attention_mask, tail), **kwargs)
+    return torch.cat([output[0], drafted], dim=1), None
+
+
+def _attend_eager(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return _attend("eager", module, *args, **kwargs)
+
+
+def _attend_sdpa(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return _attend("sdpa", module, *args, **kwargs)
+
+
+_FUNCTIONS: dict[str, Attention] = {"eager": _attend_eager, "sdpa": _attend_sdpa}
+
+
+def register() -> None:
+    """Make the names known to transformers; a name without a mask function would get no mask at all."""
+    for base, name in IMPLEMENTATIONS.items():
+        AttentionInterface.register(name, _FUNCTIONS[base])
+        AttentionMaskInterface.register(name, _MASKS[base])

@@ -1,0 +1,317 @@
+"""``apply`` puts CSP into a model, the :class:`Handle` it returns takes it out again."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from csp_ext.config import CSPConfig
+from csp_ext.integration import attention
+from csp_ext.integration.cache import PrunedLayer, adopt_cache, prunable_count, pruned_layers
+from csp_ext.integration.modality import modality_of_embeddings, modality_of_ids, placeholder_ids, real_tokens
+from csp_ext.integration.prompt import ANNOUNCED, Plan, Prompt
+from csp_ext.integration.stats import PruneStats
+from csp_ext.selection import QUESTION_MOST
+
+
+def apply(model: PreTrainedModel, config: CSPConfig | None = None, **fields: Any) -> Handle:
+    """Prune the KV cache of every prompt this model sees, until :meth:`Handle.restore`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A vision-language model of transformers (5.4 or newer) whose prompts hold placeholders for images.
+    config : CSPConfig, optional
+        Which CSP; default ``CSPConfig()``.
+    **fields
+        Any field of the config, e.g. ``budget=0.2``: a float in (0, 1] is a share of the batch's longest
+        prompt, an int is a number of tokens.
+
+    Returns
+    -------
+    Handle
+        Also a context manager. Applying twice returns the same handle, with the new config.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a model of transformers, or a field has the wrong type.
+    ValueError
+        If this model cannot be pruned; the message says why, and the model is left as it was.
+
+    Examples
+    --------
+    >>> handle = csp_ext.apply(model, budget=0.2)
+    >>> model.generate(**inputs)
+    >>> print(handle.stats)
+    >>> handle.restore()
+    """
+    if config is not None and not isinstance(config, CSPConfig):
+        raise TypeError(f"apply: config must be a CSPConfig, got {type(config).__name__}")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"apply: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    config = CSPConfig(**fields) if config is None else dataclasses.replace(config, **fields)
+    if config.heads == "shared" and (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            'apply: heads="shared" needs the scores of all heads, and tensor parallelism splits them'
+        )
+    handle = model.__dict__.get("_csp_handle")
+    if handle is None:
+        return Handle(model, config)
+    handle.config = config
+    return handle
+
+
+def _decoder_key(model: PreTrainedModel) -> str | None:
+    """Return the name of the decoder's sub-config, None where the model's config is the decoder's."""
+    text = model.config.get_text_config(decoder=True)
+    if text is model.config:
+        return None
+    for key in model.config.sub_configs:
+        if getattr(model.config, key, None) is text:
+            return key
+    raise ValueError(f"apply: cannot find the decoder's config inside {type(model.config).__name__}")
+
+
+def _check(model: PreTrainedModel) -> dict[int, int]:
+    """Return the placeholder ids of a model that can be pruned; raise ValueError for any other."""
+    name = type(model).__name__
+    text = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"apply: {name} is an encoder-decoder model; only decoder-only models have a prompt cache"
+        )
+    if getattr(text, "cross_attention_layers", None):
+        raise ValueError(
+            f"apply: {name} keeps its images in cross-attention layers, outside the prompt that CSP prunes"
+        )
+    placeholders = placeholder_ids(model.config)
+    if not placeholders:
+        raise ValueError(
+            f"apply: {name} has no image_token_id in its config, so its prompts hold no image tokens"
+        )
+    if prunable_count(text) == 0:
+        raise ValueError(f"apply: every attention layer of {name} has a sliding window or no keys to prune")
+    base = text._attn_implementation
+    if base not in attention.IMPLEMENTATIONS:
+        raise ValueError(
+            f"apply: attn_implementation {base!r} is not supported; call "
+            f"model.set_attn_implementation with one of {sorted(attention.IMPLEMENTATIONS)} first"
+        )
+    return placeholders
+
+
+class Handle:
+    """CSP inside one model. Made by :func:`apply`.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        The model.
+    config : CSPConfig
+        What is applied; replacing it takes effect from the next prompt on.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: CSPConfig) -> None:
+        self._placeholders = _check(model)
+        self._decoder_key = _decoder_key(model)
+        self.model = model
+        self.config = config
+        self._stats = PruneStats()
+        self._warned: set[str] = set()
+        self._arguments = tuple(inspect.signature(model.forward).parameters)
+        self._text_config = model.config.get_text_config(decoder=True)
+        self._base = self._text_config._attn_implementation
+        attention.register()
+        self._set_attention(attention.IMPLEMENTATIONS[self._base])
+        if self._text_config._attn_implementation == self._base:
+            raise ValueError(f"apply: {type(model).__name__} does not use transformers' AttentionInterface")
+        self._own_generate = model.__dict__.get("generate")
+        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        # Instance attributes, so that the class and every other model stay as they are.
+        if hasattr(model, "generate"):
+            model.__dict__["generate"] = self._generate
+        model.__dict__["_csp_handle"] = self
+
+    def _set_attention(self, name: str) -> None:
+        self.model.set_attn_implementation({self._decoder_key: name} if self._decoder_key else name)
+
+    def restore(self) -> None:
+        """Leave the model exactly as it was before :func:`apply`. Safe to call twice."""
+        if self.model.__dict__.get("_csp_handle") is not self:
+            return
+        self._hook.remove()
+        attributes = self.model.__dict__
+        del attributes["_csp_handle"]
+        attributes.pop("generate", None)
+        if self._own_generate is not None:
+            attributes["generate"] = self._own_generate
+        self._set_attention(self._base)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()
+
+    @property
+    def stats(self) -> PruneStats:
+        """What was kept of the last prompt; empty before the first one."""
+        return self._stats
+
+    @contextmanager
+    def prompt(self, *, modality: Tensor | None = None, length: int | None = None) -> Iterator[None]:
+        """Say about the prompts in this block what the model's arguments do not show.
+
+        Parameters
+        ----------
+        modality : Tensor, optional
+            Integers [B, L]: 0 text, 1 image, further ids for other modalities, -1 padding. Needed for prompts
+            given as `inputs_embeds`, where no placeholder ids can be seen.
+        length : int, optional
+            Tokens of the whole prompt, earlier turns included, where it comes in several forward calls;
+            ``generate`` knows its own.
+        """
+        if modality is not None:
+            if modality.ndim != 2 or modality.is_floating_point():
+                raise ValueError(
+                    f"prompt: modality must be integers [B, L], got {modality.dtype} {tuple(modality.shape)}"
+                )
+            length = modality.shape[1] if length is None else length
+            if modality.shape[1] != length:
+                raise ValueError(f"prompt: modality has {modality.shape[1]} positions, length is {length}")
+        token = ANNOUNCED.set(Prompt(self, length, modality=modality))
+        try:
+            yield
+        finally:
+            ANNOUNCED.reset(token)
+
+    def _announced(self) -> Prompt | None:
+        prompt = ANNOUNCED.get()
+        return prompt if prompt is not None and prompt.owner is self else None
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model's own ``generate``, noting where the prompt ends: chunks and drafts hide it."""
+        model: Any = self.model
+        own = self._own_generate or type(model).generate.__get__(model)
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        sources = (kwargs.get("attention_mask"), kwargs.get("inputs_embeds"), ids)
+        lengths = [
+            source.shape[1] for source in sources if isinstance(source, Tensor) and source.ndim in (2, 3)
+        ]
+        if not lengths:
+            return own(*args, **kwargs)
+        outer = self._announced()
+        whole = isinstance(ids, Tensor) and ids.ndim == 2 and kwargs.get("inputs_embeds") is None
+        known = outer.modality if outer else None
+        prompt = Prompt(self, lengths[0], ids if whole else None, known, single=True)
+        if getattr(kwargs.get("generation_config"), "is_assistant", False):
+            self._warn("this model drafts for another, which takes tokens of the prompt back", stacklevel=3)
+            prompt.length = 0
+        token = ANNOUNCED.set(prompt)
+        try:
+            result = own(*args, **kwargs)
+        finally:
+            ANNOUNCED.reset(token)
+        if not prompt.reached:
+            self._warn("no forward of the whole model completed the prompt", stacklevel=3)
+        return result
+
+    def _warn(self, reason: str, stacklevel: int = 4) -> None:
+        """Say once per reason that a prompt is generated from correctly, but not pruned."""
+        self._stats = PruneStats()
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"csp_ext: this prompt is left unpruned: {reason}", UserWarning, stacklevel=stacklevel
+            )
+
+    def _before_forward(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Swap the cache's layers, and decide on the prompt in the forward that completes it."""
+        if torch.compiler.is_compiling():
+            return None
+        bound = dict(zip(self._arguments, args, strict=False)) | kwargs
+        cache: Any = bound.get("past_key_values")
+        prompt = self._announced()
+        made = cache is None
+        if made:
+            use_cache = bound.get("use_cache")
+            wanted = getattr(self._text_config, "use_cache", True) if use_cache is None else use_cache
+            # Training keeps the graph of the whole prompt anyway.
+            if not wanted or (module.training and torch.is_grad_enabled()):
+                if prompt is not None:
+                    prompt.reached = True
+                return None
+            cache = DynamicCache(config=self._text_config)
+        if prompt is None or not prompt.is_of(cache):
+            prompt = Prompt(self, None)
+        refused = adopt_cache(cache, self._text_config)
+        if refused:
+            prompt.reached = True
+            self._warn(refused)
+            return None
+        layers = pruned_layers(cache)
+        for layer in layers:
+            layer.attended, layer.plan, layer.buffer = True, None, 0
+        if layers[0].slots:
+            prompt.reached = True
+        else:
+            self._prepare(layers, prompt, bound)
+        if not made:
+            return None
+        bound["past_key_values"] = cache
+        return (), bound
+
+    def _prepare(self, layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any]) -> None:
+        """Give the layers of an unpruned cache a plan if this forward completes a prompt."""
+        ids: Any = bound.get("input_ids")
+        embeddings: Any = bound.get("inputs_embeds")
+        fresh = embeddings if ids is None else ids
+        if fresh is None:
+            return
+        seen = layers[0].seen
+        end = seen + fresh.shape[1]
+        # A forward of its own: its prompt is what it puts into an empty cache.
+        length = prompt.length if prompt.length is not None else (end if seen == 0 else seen)
+        if seen >= length:
+            prompt.reached = True
+            return
+        if end < length:
+            window = self.config.resolve(length).window
+            for layer in layers:
+                layer.buffer = window if isinstance(window, int) else QUESTION_MOST
+            return
+        prompt.reached = True
+        modality = prompt.modality_for(fresh.shape[0], self._placeholders, fresh.device)
+        if modality is None and ids is not None and seen == 0:
+            modality = modality_of_ids(ids[:, :length], self._placeholders)
+        if modality is None and bound.get("mm_token_type_ids") is not None:
+            types = bound["mm_token_type_ids"]
+            modality = types[:, :length].to(torch.int8) if types.shape[1] >= length else None
+        images = bound.get("pixel_values") is not None or bool(bound.get("mm_encoder_outputs"))
+        if modality is None and ids is None and seen == 0 and images:
+            table = self.model.get_input_embeddings()
+            modality = modality_of_embeddings(embeddings[:, :length], table, self._placeholders)
+        if modality is None:
+            self._warn(
+                "which of its positions are images cannot be seen (embeddings, or an earlier turn); "
+                "pass them in `with handle.prompt(modality=...)`"
+            )
+            return
+        real = real_tokens(bound.get("attention_mask"), length)
+        if prompt.modality is not None:
+            real = modality >= 0 if real is None else real & (modality >= 0)
+        plan = Plan.make(modality, real, self.config)
+        for layer in layers:
+            layer.plan, layer.buffer = plan, plan.window.shape[1] if layer.queries is not None else 0
+        self._stats = plan.stats
