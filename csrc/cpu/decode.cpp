@@ -68,10 +68,16 @@ Layout layout_of(const DecodeParams& p, const DecodePlan& plan) {
 
 }  // namespace
 
+int64_t decode_cpu_tasks(const DecodeParams& params) {
+  return is_empty(params) ? 0 : params.batch * params.num_kv_heads * plan_of(params).splits;
+}
+
 size_t decode_cpu_workspace_bytes(const DecodeParams& params, int32_t num_threads) {
   if (is_empty(params)) return 0;
   const Layout layout = layout_of(params, plan_of(params));
-  return layout.scratch + layout.worker * static_cast<size_t>(num_threads < 1 ? 1 : num_threads);
+  const int64_t tasks = decode_cpu_tasks(params);
+  const int64_t threads = num_threads < 1 ? 1 : num_threads;
+  return layout.scratch + layout.worker * static_cast<size_t>(tasks < threads ? tasks : threads);
 }
 
 void decode_cpu(const DecodeParams& params, void* workspace, const Parallel& parallel) {

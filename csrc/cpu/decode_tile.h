@@ -166,7 +166,7 @@ CSP_INLINE vfloat softmax_of(const Block& block, int64_t keys) {
     store(block.logits + i * kLanes, weight);
   }
   store(block.top, top);
-  // vexp does not carry a nan: a logit that is one must spoil its row.
+  // NOTE: vexp makes a number of a nan with a payload; a logit that is one must spoil its row.
   store(block.sum, blend(nan, set1(__builtin_nanf("")), sum));
   return shrink;
 }
