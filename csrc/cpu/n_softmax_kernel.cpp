@@ -54,7 +54,8 @@ void rows_of(const NSoftmaxParams& p, int64_t begin, int64_t end) {
   // n e^-shift is computed as e^(log n - shift): for n = 0 or a tiny n the product would be 0 * inf.
   const double log_n = p.n > 0 ? __builtin_log(p.n) : -__builtin_inf();
   for (int64_t row = begin; row < end; ++row) {
-    row_of(static_cast<const T*>(p.logits) + row * p.cols, static_cast<T*>(p.out) + row * p.cols, p.cols, log_n);
+    row_of(static_cast<const T*>(p.logits) + row * p.cols, static_cast<T*>(p.out) + row * p.cols, p.cols,
+           log_n);
   }
 }
 

@@ -189,7 +189,7 @@ CSP_INLINE float hmax(vfloat v) {
 
 // e^x for x <= 88: relative error below 2e-7; anything under -87 (and -inf) gives 0, a NaN stays one.
 CSP_INLINE vfloat vexp(vfloat x) {
-  const vfloat clamped = vmax(set1(-87.0f), x);  // in this order a NaN stays one
+  const vfloat clamped = vmax(set1(-87.0f), x);   // in this order a NaN stays one
   const vfloat magic = set1(0x1.8p23f + 127.0f);  // leaves the biased exponent in the low bits
   const vfloat shifted = clamped * 1.44269504f + magic;
   const vfloat k = shifted - magic;
