@@ -173,7 +173,7 @@ CSP_INLINE vfloat softmax_of(const Block& block, int64_t keys) {
 
 // V vectors of the accumulators at `slot`, over the slots of the tile that every row sees.
 template <int R, int V, typename T>
-CSP_INLINE void weigh(const Block& block, const Tile<T>& t, int64_t keys, int64_t slot, const float* shrink) {
+void weigh(const Block& block, const Tile<T>& t, int64_t keys, int64_t slot, const float* shrink) {
   constexpr int C = keys_per_vector(R);
   vfloat acc[R][V];
 #pragma GCC unroll 8
@@ -204,6 +204,15 @@ CSP_INLINE void weigh(const Block& block, const Tile<T>& t, int64_t keys, int64_
   }
 }
 
+// All columns from `slot` on: V vectors at a time, then half as many, at last the overlapping one.
+template <int R, int V, typename T>
+CSP_INLINE void weigh_all(const Block& block, const Tile<T>& t, int64_t keys, int64_t slot,
+                          const float* shrink) {
+  const int64_t end = V > 1 ? t.head_dim - V * kLanes : t.head_dim - 1;
+  for (; slot <= end; slot += V * kLanes) weigh<R, V>(block, t, keys, slot, shrink);
+  if constexpr (V > 1) weigh_all<R, V / 2>(block, t, keys, slot, shrink);
+}
+
 // The newest slots, which only the later queries see: never multiplied by a weight of zero, they may hold
 // nan.
 template <int R, typename T>
@@ -229,11 +238,7 @@ void tile_of(const Block& block, const Tile<T>& t, int64_t common) {
   // As many accumulators as fit the registers: 32 of them with AVX-512, otherwise 16.
   constexpr int kFit = (kLanes >= 16 ? 20 : 8) / R;
   constexpr int kWide = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
-  const int64_t whole = t.head_dim / kLanes * kLanes;
-  int64_t slot = 0;
-  for (; slot + kWide * kLanes <= whole; slot += kWide * kLanes)
-    weigh<R, kWide>(block, t, common, slot, shrink);
-  for (; slot < t.head_dim; slot += kLanes) weigh<R, 1>(block, t, common, slot, shrink);
+  weigh_all<R, kWide>(block, t, common, 0, shrink);
   weigh_newest<R>(block, t, common);
 }
 
