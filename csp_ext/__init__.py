@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
-from csp_ext import _library
+from typing import TYPE_CHECKING, Any
+
+from csp_ext._library import CudaStatus, cuda_status  # isort: skip  (it loads the ops, or says what is missing)
 from csp_ext._host import __version__, build_info, cpu_capability, plan
-from csp_ext._library import CudaStatus, cuda_status
-from csp_ext.ops import *  # noqa: F403
-from csp_ext.ops import __all__ as _op_names
+from csp_ext.config import CSPConfig
+from csp_ext.ops import (
+    compact,
+    decode,
+    dual_top_k,
+    n_softmax,
+    prune,
+    score,
+    segmented_column_sum,
+    select,
+)
 from csp_ext.paths import cmake_prefix_path, get_include
+from csp_ext.selection import select_tokens, window_modality
+
+if TYPE_CHECKING:
+    from csp_ext.integration import Handle, apply
 
 __all__ = [
+    "CSPConfig",
     "CudaStatus",
+    "Handle",
     "__version__",
+    "apply",
     "build_info",
     "cmake_prefix_path",
+    "compact",
     "cpu_capability",
     "cuda_status",
+    "decode",
+    "dual_top_k",
     "get_include",
+    "n_softmax",
     "plan",
-    *_op_names,
+    "prune",
+    "score",
+    "segmented_column_sum",
+    "select",
+    "select_tokens",
+    "window_modality",
 ]
 
-del _library
+
+def __getattr__(name: str) -> Any:
+    # The integration needs transformers, the ops do not.
+    if name in ("apply", "Handle"):
+        from csp_ext import integration
+
+        return getattr(integration, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,6 +41,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 DEMO_SIZE: dict[str, Any] = {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "image_size": 336}
 DEMO_REPEATS = 3
+DEMO_NOTE = (
+    "The weights are random: the generated text is noise and not shown, what counts is which tokens stay. "
+    "A model this small spends most of its time outside attention, so its times say little."
+)
 
 
 @main.command()
@@ -78,9 +82,9 @@ def demo(
             notes = _compare(progress, model, prompt, runs, new_tokens, DEMO_REPEATS, warm_up=True)
             progress.update(steps, description="drawing the picture")
             drawn = min(configs, key=lambda run: run.kept_total(prompt))
-            picture.draw(processor, prompt, drawn, out)
+            picture.draw(processor, prompt, drawn, out, "small LLaVA, random weights")
             progress.update(steps, advance=1, description="done")
-        notes.insert(0, "The weights are random, so the generated text is noise and is not shown.")
+        notes.insert(0, DEMO_NOTE)
         extra = {"command": "demo", "seed": seed, "random_weights": True, "repeats": DEMO_REPEATS}
         outcome = Outcome(model, prompt, runs, runs[0], out, notes, extra)
         outcome.print_json() if as_json else outcome.show()
@@ -158,14 +162,15 @@ def generate(
             ready = prompts.assemble(processor, loaded, text, images)
             full = None if no_compare else Run("full")
             runs = configs if full is None else [full, *configs]
-            # A GPU's first kernels load slowly; on a CPU a second prefill would only cost time.
-            notes = _compare(progress, loaded, ready, runs, max_new_tokens, 1, warm_up=place.type == "cuda")
-            if picture_to is not None and (reason := prompts.why_no_patches(ready)):
+            # Only a comparison is worth one more prefill.
+            notes = _compare(progress, loaded, ready, runs, max_new_tokens, 1, warm_up=not no_compare)
+            drawn = min(configs, key=lambda run: run.kept_total(ready))
+            reason = prompts.why_no_patches(ready) or ("" if drawn.layers else "nothing was pruned")
+            if picture_to is not None and reason:
                 notes.append(f"No picture: {reason}.")
                 picture_to = None
             if picture_to is not None:
-                drawn = min(configs, key=lambda run: run.kept_total(ready))
-                picture.draw(processor, ready, drawn, picture_to)
+                picture.draw(processor, ready, drawn, picture_to, model.resolve().name)
             progress.update(steps, advance=1, description="done")
         extra = {
             "command": "generate",
@@ -251,15 +256,16 @@ def _compare(
 
 
 def _progress(hidden: bool) -> Progress:
-    """Return progress bars on stderr that vanish when done."""
+    """Return progress bars on stderr that vanish when done; a log file gets none."""
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
-        disable=hidden,
+        disable=hidden or not console.is_terminal,
     )
 
 

@@ -1,7 +1,7 @@
-"""A LLaVA with random weights and its processor, built offline: small enough for tests, demos and documentation.
+"""A LLaVA with random weights and its processor, built offline: small enough for tests, demos and docs.
 
-The architecture is the real one (CLIP tower, projector, Llama decoder), so everything that works here works on a
-downloaded checkpoint; only the answers mean nothing. Nothing is downloaded and torchvision is not needed.
+The architecture is the real one (CLIP tower, projector, Llama decoder), so everything that works here works
+on a downloaded checkpoint; only the answers mean nothing. Nothing is downloaded, torchvision is not needed.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def build_tiny_llava(
     _randomise(model, seed, attention_gain, logit_gain)
     model.generation_config.pad_token_id = PAD_TOKEN_ID
     model.generation_config.bos_token_id = BOS_TOKEN_ID
-    return model.to(dtype).eval()
+    module: torch.nn.Module = model
+    module.to(dtype).eval()
+    return model
 
 
 def _randomise(model: torch.nn.Module, seed: int, attention_gain: float, logit_gain: float) -> None:
@@ -137,7 +139,7 @@ def _randomise(model: torch.nn.Module, seed: int, attention_gain: float, logit_g
 
 
 def build_tiny_processor(*, image_size: int = 168, patch_size: int = 14) -> LlavaProcessor:
-    """Build the processor that goes with :func:`build_tiny_llava`: byte-level BPE, CLIP images, a chat template.
+    """Build the processor of :func:`build_tiny_llava`: byte-level BPE, CLIP images, a chat template.
 
     Parameters
     ----------
@@ -191,7 +193,7 @@ def build_tiny_processor(*, image_size: int = 168, patch_size: int = 14) -> Llav
 def save_tiny_llava(
     folder: str | Path, seed: int = 0, *, image_size: int = 168, patch_size: int = 14, **fields: Any
 ) -> Path:
-    """Write model and processor into `folder`, so that ``from_pretrained(folder)`` and ``pipeline`` find them.
+    """Write model and processor into `folder`, where ``from_pretrained`` and ``pipeline`` find them.
 
     Parameters
     ----------

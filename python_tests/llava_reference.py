@@ -1,4 +1,4 @@
-"""What a pruned generation must equal: a hand-written LLaVA loop that keeps every key and masks the dropped ones.
+"""What a pruned generation must equal: a hand-written LLaVA loop that keeps every key and masks the dropped.
 
 One row at a time, without padding. Weights are the model's; masks, cache, positions, window and n-softmax are
 written out here, so nothing of transformers' generation or of the integration is relied on.
@@ -19,7 +19,7 @@ from csp_ext.config import CSPConfig
 
 @dataclass
 class RowResult:
-    """One row's generation: logits [steps, V], tokens [steps], kept prompt positions per layer bool [Hs, L]."""
+    """One row's generation: logits [steps, V], tokens [steps], kept positions per layer bool [Hs, L]."""
 
     logits: Tensor
     tokens: list[int]
@@ -27,7 +27,7 @@ class RowResult:
 
 
 def question_window(modality: list[int]) -> list[int]:
-    """Positions of the default window: the text after the last image, at most 64; the last 8 after an image."""
+    """Positions of the default window: the text after the last image, at most 64; 8 after an image."""
     length = len(modality)
     images = [j for j, kind in enumerate(modality) if kind > 0]
     start = images[-1] + 1 if images else 0
@@ -41,7 +41,11 @@ def kept_positions(
 ) -> Tensor:
     """Return the prompt positions one layer keeps, bool [Hs, L], by the twins of ``score`` and ``select``."""
     length = len(modality)
-    sizes = config.resolve(length) if config.hh_ratio is not None else config.replace(budget=budget).resolve(length)
+    sizes = (
+        config.resolve(length)
+        if config.hh_ratio is not None
+        else config.replace(budget=budget).resolve(length)
+    )
     heads = key.shape[0] if config.heads == "kv" else 1
     kept = torch.ones(heads, length, dtype=torch.bool)
     if length < sizes.prune_from or (config.text_only == "leave" and max(modality) == 0):
@@ -163,7 +167,7 @@ def generate_row(
     return RowResult(torch.stack(logits), tokens, [kept for kept in row.kept if kept is not None])
 
 
-# --- prompts -------------------------------------------------------------------------------------------------
+# --- prompts -------------------------------------------------------------------------------
 
 IMAGE = 3
 IMAGE_SIZE, PATCH_SIZE, IMAGE_TOKENS = 28, 7, 16

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csp_ext import ops, reference, selection
+from csp_ext import dispatch, ops, reference
 from csp_ext.config import CSPConfig
 from csp_ext.selection import select_tokens, window_modality, window_span
 
@@ -25,7 +25,7 @@ def modality_of(*rows):
 def impl(request, monkeypatch):
     """The twins or the compiled ops behind select_tokens."""
     module = {"reference": reference, "ops": ops}[request.param]
-    monkeypatch.setattr(selection, "ops", module)
+    monkeypatch.setattr(dispatch, "ops", module)
     return module
 
 
@@ -318,3 +318,21 @@ def test_release_prunes_from_its_threshold(impl, count):
             assert kept[-10:] == list(range(90, 100))
             assert len(kept) <= 19
     assert bool((lengths[0] <= 19).all())
+
+
+@pytest.mark.parametrize("config", [CSPConfig(), CSPConfig.paper(), CSPConfig(budget=32)])
+def test_select_tokens_compiles_once_for_many_lengths(config):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def select(query, key, modality):
+        return select_tokens(query, key, modality, config)
+
+    compiled = torch.compile(select, fullgraph=True, dynamic=True, backend=backend)
+    for length in (100, 123, 300, 411):
+        prompt = random_prompt([[T] * 20 + [I] * 40 + [T] * (length - 60)])
+        assert torch.equal(compiled(*prompt)[0], select(*prompt)[0])
+    assert len(graphs) == 1

@@ -13,22 +13,19 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device of a name; "auto" is the GPU where the CUDA ops are loaded and one is there."""
-    import csp_ext
+    """Return the device of a name; "auto" is the GPU where the pruning kernels run on one."""
+    from csp_ext.dispatch import missing_kernels
 
-    gpu = csp_ext.cuda_status().loaded and torch.cuda.is_available()
     if name == "auto":
-        return torch.device("cuda" if gpu else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and not missing_kernels("cuda") else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and not gpu:
-        raise UserError(f"device {name}: {csp_ext.cuda_status().reason or 'torch sees no GPU'}")
-    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise UserError(f"device {name}: this machine has {torch.cuda.device_count()} GPUs")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name}: this machine has {torch.cuda.device_count()} GPUs for torch")
     return device
 
 

@@ -23,9 +23,13 @@ def stdout() -> Console:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's first line that says something, or its type where it has no text."""
+    """Return an error's first line that says something, or its type where it has no text.
+
+    A line that ends in a colon only announces what the next one says.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    said = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: said + 1]) or type(error).__name__
 
 
 def require(extra: str, *modules: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def fade(pixels: np.ndarray, shares: np.ndarray) -> np.ndarray:
     return shown * visible + SHADE * (1 - visible)
 
 
-def draw(processor: Any, prompt: Prompt, run: Run, path: Path) -> None:
+def draw(processor: Any, prompt: Prompt, run: Run, path: Path, model: str) -> None:
     """Write the picture: a row per photograph, a column per layer, the original first.
 
     Parameters
@@ -54,6 +55,8 @@ def draw(processor: Any, prompt: Prompt, run: Run, path: Path) -> None:
         A pruned one.
     path : Path
         Replaced only when the picture is complete.
+    model : str
+        What the picture calls the model.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,17 +65,21 @@ def draw(processor: Any, prompt: Prompt, run: Run, path: Path) -> None:
     layers = chosen_layers(run.layers)
     pixels = seen_pixels(processor, prompt)
     rows, columns = len(pixels), 1 + len(layers)
-    tile, left, top = 1.9, 0.45, 1.05
-    width, height = left + tile * columns + 0.15, top + tile * rows + 0.45
+    left, right, top = 0.45, 0.15, 1.05
+    tile = max(1.9, 8 / columns)
+    width = left + tile * columns + right
+    legend = textwrap.wrap(_legend(prompt, run, len(layers)), int(16.5 * width))
+    bottom = 0.22 + 0.15 * len(legend)
+    height = top + tile * rows + bottom
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
         rows,
         columns,
         left=left / width,
-        right=1 - 0.15 / width,
+        right=1 - right / width,
         top=1 - top / height,
-        bottom=0.45 / height,
+        bottom=bottom / height,
         wspace=0.04,
         hspace=0.04,
     )
@@ -105,24 +112,30 @@ def draw(processor: Any, prompt: Prompt, run: Run, path: Path) -> None:
             )
             if row == 0:
                 axes.set_title(f"layer {layers[column - 1].layer}", fontsize=9)
-    _words(figure, prompt, run, side, top / height, len(layers))
+    _headline(figure, prompt, run, model, top / height)
+    figure.text(0.5, 0.08 / height, "\n".join(legend), ha="center", va="bottom", fontsize=8, color="0.35")
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower())
 
 
-def _words(figure: Any, prompt: Prompt, run: Run, side: int, top: float, shown: int) -> None:
-    """Put the title, what was kept, and how to read the picture around the tiles."""
-    total = run.kept_total(prompt)
-    title = f"Cross-Self Pruning keeps {total:.0f} of {prompt.length} tokens ({total / prompt.length:.0%})"
-    counts = (
-        f"{run.kept(prompt, 1):.0f} of {prompt.image_tokens} image tokens, "
-        f"{run.kept(prompt, 0):.0f} of {prompt.text_tokens} text tokens (means over layers and heads)"
+def _headline(figure: Any, prompt: Prompt, run: Run, model: str, top: float) -> None:
+    """Say what was kept, in the upper `top` of the figure."""
+    title = (
+        f"Cross-Self Pruning, budget {run.name}: {run.kept_total(prompt):.0f} of {prompt.length} tokens kept"
     )
-    layers = "" if shown == len(run.layers) else f" {shown} of {len(run.layers)} layers are shown."
-    legend = (
-        f"A patch ({side} x {side} per image) is as bright as the share of heads that keep it; "
-        f"grey: kept by none. The number is the share of patches kept.{layers}"
+    counts = (
+        f"{model}: {run.kept(prompt, 1):.0f} of {prompt.image_tokens} image tokens, "
+        f"{run.kept(prompt, 0):.0f} of {prompt.text_tokens} text tokens (means over layers and heads)"
     )
     figure.text(0.5, 1 - top * 0.16, title, ha="center", va="top", fontsize=13, weight="bold")
     figure.text(0.5, 1 - top * 0.46, counts, ha="center", va="top", fontsize=9.5, color="0.25")
-    figure.text(0.5, 0.012, legend, ha="center", va="bottom", fontsize=8, color="0.35")
+
+
+def _legend(prompt: Prompt, run: Run, shown: int) -> str:
+    """Return how to read the tiles."""
+    side = patch_side(prompt)
+    layers = "" if shown == len(run.layers) else f" {shown} of {len(run.layers)} layers are shown."
+    return (
+        f"A patch ({side} x {side} per image) is as bright as the share of heads that keep it; "
+        f"grey: kept by none. The number is the mean share of patches kept.{layers}"
+    )

@@ -129,7 +129,7 @@ def assemble(processor: Any, model: Any, prompt: str | Messages, photographs: li
 
 
 def why_no_patches(prompt: Prompt) -> str:
-    """Return why image tokens cannot be mapped back to patches; empty where each image is one square of them."""
+    """Return why image tokens are not patches of a picture; empty where each image is one square of them."""
     images = len(prompt.photographs)
     if images == 0:
         return "the prompt has no images"

@@ -128,17 +128,21 @@ def decoded(processor: Any, tokens: list[int]) -> str:
 
 def table(runs: list[Run], prompt: Prompt, full: Run | None) -> Table:
     """Return the comparison of the runs as a table, narrow enough for 80 columns."""
+    images = len(prompt.photographs)
     result = Table(
-        title=f"{len(prompt.photographs)} images, {prompt.length} prompt tokens: "
+        title=f"{images} image{'' if images == 1 else 's'}, {prompt.length} prompt tokens: "
         f"{prompt.text_tokens} text, {prompt.image_tokens} image",
-        caption="text, image: tokens kept, the mean over layers and heads. 1st token: with the prefill."
+        caption="text, image: tokens kept, the mean over layers and heads. first: time to the first token, "
+        "prefill included. token: time per further token, the median."
         + (" same: tokens equal to the full cache's answer, from its start." if full is not None else ""),
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
     result.add_column("cache", no_wrap=True)
-    for name in ("text", "image", "share", "bytes", "1st token", "per token"):
+    for name in ("text", "image", "share", "bytes", "first", "token"):
         result.add_column(name, justify="right", no_wrap=True)
     if full is not None:
         result.add_column("same", justify="right", no_wrap=True)
@@ -169,8 +173,8 @@ def _time(milliseconds: float | None) -> str:
 
 def size(count: float) -> str:
     """Return a number of bytes as people read it."""
-    for unit in ("B", "KiB", "MiB"):
+    for digits, unit in enumerate(("B", "KiB", "MiB")):
         if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+            return f"{count:.{digits}f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"

@@ -125,7 +125,8 @@ def compare(
     repeats : int
         Times each run is measured.
     warm_up : bool
-        Whether each run generates two tokens before the clock starts.
+        Whether the first run generates two tokens before the clock starts: whatever is loaded at first use
+        would else be on its bill alone.
     on_token : callable, optional
         Called with the run's name for every token.
 
@@ -138,8 +139,7 @@ def compare(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if warm_up:
-            for run in runs:
-                _generate(model, prompt, Run(run.name, run.config), 2, lambda name: None)
+            _generate(model, prompt, Run("warm-up", runs[0].config), 2, lambda name: None)
         for _ in range(repeats):
             for run in runs:
                 _generate(model, prompt, run, new_tokens, tell)

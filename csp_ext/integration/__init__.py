@@ -4,7 +4,11 @@ Public interfaces only: a named attention function, a cache layer, one forward p
 sequence lives in its cache; nothing is kept on the modules.
 """
 
-from csp_ext.integration.handle import Handle, apply
-from csp_ext.integration.stats import LayerStats, PruneStats
+from csp_ext.integration.requirement import require_transformers
+
+require_transformers()
+
+from csp_ext.integration.handle import Handle, apply  # noqa: E402
+from csp_ext.integration.stats import LayerStats, PruneStats  # noqa: E402
 
 __all__ = ["Handle", "LayerStats", "PruneStats", "apply"]

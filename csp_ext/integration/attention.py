@@ -21,7 +21,7 @@ _MASKS: dict[str, Callable[..., Any]] = {"eager": eager_mask, "sdpa": sdpa_mask}
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def _stock(base: str, module: torch.nn.Module) -> Attention:
+def _stock(base: str, module: Any) -> Attention:
     """Return the function that `base` means for this module; "eager" is the one of the model's own file."""
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
@@ -30,7 +30,7 @@ def _stock(base: str, module: torch.nn.Module) -> Attention:
 
 def _attend(
     base: str,
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -73,7 +73,7 @@ def _attend(
 def _complete(
     stock: Attention,
     layer: PrunedLayer,
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -105,11 +105,11 @@ def _complete(
     return torch.cat([output[0], drafted], dim=1), None
 
 
-def _attend_eager(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def _attend_eager(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     return _attend("eager", module, *args, **kwargs)
 
 
-def _attend_sdpa(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def _attend_sdpa(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     return _attend("sdpa", module, *args, **kwargs)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 if TYPE_CHECKING:
     from csp_ext.integration.prompt import Plan
@@ -19,17 +19,22 @@ _LATEST: ContextVar[weakref.ref[PrunedLayer] | None] = ContextVar("csp_latest_la
 
 
 class PrunedLayer(DynamicLayer):
-    """A dynamic cache layer whose prompt may have been compacted into `slots` slots, new tokens appended after them.
+    """A dynamic cache layer whose prompt may have been compacted into `slots` slots, new tokens after them.
 
-    Its length is the number of tokens *seen* and its mask sizes are (stored + q, seen - stored), so that positions,
-    masks and the slicing of prompts in ``generate`` go on from the true length.
+    Its length is the number of tokens *seen* and its mask sizes are (stored + q, seen - stored), so that
+    positions, masks and the slicing of prompts in ``generate`` go on from the true length.
     """
+
+    keys: Any  # [B, Hkv, S, D], None before the first update
+    values: Any
 
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
-        self.slots = 0  # physical slots of the pruned prompt, the sink included; 0 where nothing was pruned
-        self.bias: Tensor | None = None  # additive [B, 1 or Hq, 1, slots]; None where every slot is plainly visible
+        self.slots = 0  # physical slots of the pruned prompt, the sink included; 0: nothing was pruned
+        self.bias: Tensor | None = (
+            None  # additive [B, 1 or Hq, 1, slots]; None: every slot is plainly visible
+        )
         self.plan: Plan | None = None  # set for the forward that completes a prompt
         self.buffer = 0  # keep that many last queries for a prompt that comes in chunks
         self.queries: Tensor | None = None  # [B, Hq, <= buffer, D]
@@ -39,13 +44,15 @@ class PrunedLayer(DynamicLayer):
     def adopt(cls, stock: DynamicLayer) -> PrunedLayer:
         """Return a layer that goes on from a stock one, sharing its tensors."""
         layer = cls()
-        if stock.is_initialized:
+        if stock.keys is not None and stock.values is not None:
             layer.lazy_initialization(stock.keys, stock.values)
             layer.keys, layer.values = stock.keys, stock.values
             layer.seen = stock.get_seq_length()
         return layer
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if self.bias is not None and not self.attended:
             raise RuntimeError(
                 "this cache was pruned by csp_ext and has slots that a stock attention mask does not hide; "
@@ -80,39 +87,34 @@ class PrunedLayer(DynamicLayer):
     def mask(self, stock: Tensor | None, query: Tensor) -> Tensor | None:
         """Return the mask of new queries [B, Hq, q, D] over a pruned prompt and what follows it.
 
-        `stock` is the model's mask of these queries: its last columns belong to the tokens after the prompt. None
-        means causal, and that nothing is hidden from a single query.
+        `stock` is the model's mask of these queries: its last columns belong to the tokens after the prompt.
+        None means causal, and that nothing is hidden from a single query.
         """
         length, stored = query.shape[-2], self.keys.shape[-2]
         if self.bias is None and (stock.shape[-1] == stored if stock is not None else length == 1):
             return stock
         recent = stored - self.slots
-        lowest = torch.finfo(query.dtype).min
         if stock is None:
-            hidden = torch.ones(length, recent, dtype=torch.bool, device=query.device).triu(recent - length + 1)
-            after = torch.zeros(1, 1, length, recent, dtype=query.dtype, device=query.device)
-            after = after.masked_fill(hidden, lowest)
+            visible = torch.ones(length, recent, dtype=torch.bool, device=query.device)
+            after = _additive(visible.tril(recent - length)[None, None], query.dtype)
         else:
             after = stock[..., stock.shape[-1] - recent :]
-            if after.dtype == torch.bool:
-                after = torch.zeros(after.shape, dtype=query.dtype, device=query.device).masked_fill(~after, lowest)
+            after = _additive(after, query.dtype) if after.dtype == torch.bool else after
         front = self.bias
         if front is None:
-            front = torch.zeros(1, 1, 1, self.slots, dtype=query.dtype, device=query.device)
-        rows, heads = query.shape[0], max(front.shape[1], after.shape[1])
-        return torch.cat(
-            [front.expand(rows, heads, length, -1), after.expand(rows, heads, length, -1).to(front.dtype)], dim=-1
-        )
+            front = after.new_zeros(1, 1, 1, self.slots)
+        shape = (query.shape[0], max(front.shape[1], after.shape[1]), length, -1)
+        return torch.cat([front.expand(shape), after.expand(shape).to(front.dtype)], dim=-1)
 
     def crop(self, tokens_to_remove: int) -> None:
         # Before transformers 5.14 a positive argument is the length to crop to.
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         if not self.is_initialized or remove == 0:
             return
-        if self.slots and remove > self.keys.shape[-2] - self.slots:
+        after = self.keys.shape[-2] - self.slots
+        if self.slots and remove > after:
             raise ValueError(
-                f"crop would remove {remove} tokens, but only the {self.keys.shape[-2] - self.slots} after the "
-                "pruned prompt can be removed one by one"
+                f"crop would remove {remove} tokens, only the {after} after the pruned prompt can go"
             )
         self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
         self.seen -= remove
@@ -124,7 +126,7 @@ class PrunedLayer(DynamicLayer):
         self.seen = self.slots = self.buffer = 0
         self.bias = self.plan = self.queries = None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self.bias is not None:
             self.bias = self.bias.index_select(0, beam_idx.to(self.bias.device))
@@ -157,20 +159,24 @@ def adopt_cache(cache: Any, text_config: Any) -> str:
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         return f"a {type(cache).__name__} is not a cache of a decoder-only model"
+    if any(isinstance(layer, PrunedLayer) for layer in cache.layers):
+        return ""
     if cache.offloading:
         return "an offloaded cache moves its tensors away between layers"
-    template = DynamicCache(config=text_config).layers
     layers = list(cache.layers)
-    # A cache made without a config creates its layers on the fly; create here the ones a config would have given.
+    if cache.layer_class_to_replicate is not DynamicLayer and DynamicLayer not in map(type, layers):
+        return f"a {type(cache).__name__} has no plain dynamic layers"
+    template = DynamicCache(config=text_config).layers
+    # A cache made without a config creates its layers on the fly: make the ones a config would have given.
     if cache.layer_class_to_replicate is DynamicLayer:
         layers += template[len(layers) :]
     if len(layers) != len(template):
         return f"it has {len(layers)} layers, the model has {len(template)}"
     for index, (layer, model) in enumerate(zip(layers, template, strict=True)):
-        if type(model) is DynamicLayer and type(layer) not in (DynamicLayer, PrunedLayer):
+        if type(model) is DynamicLayer and type(layer) is not DynamicLayer:
             return f"its layer {index} is a {type(layer).__name__}"
         if type(model) is not DynamicLayer and type(layer) is DynamicLayer:
-            return f"its layer {index} ignores the model's layer type; build it with DynamicCache(config=model.config)"
+            return f"its layer {index} is not of the model's type; use DynamicCache(config=model.config)"
     cache.layers = [PrunedLayer.adopt(layer) if type(layer) is DynamicLayer else layer for layer in layers]
     cache.layer_class_to_replicate = None
     return ""
@@ -184,6 +190,13 @@ def pruned_layers(cache: Cache) -> list[PrunedLayer]:
 def prunable_count(text_config: Any) -> int:
     """Return the number of full-attention layers a cache of this decoder has."""
     return sum(type(layer) is DynamicLayer for layer in DynamicCache(config=text_config).layers)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return zeros where `visible`, the lowest number of `dtype` elsewhere."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, torch.finfo(dtype).min
+    )
 
 
 def visibility_bias(visible: Tensor, n: float, num_heads: int, dtype: torch.dtype) -> Tensor:
@@ -200,13 +213,9 @@ def visibility_bias(visible: Tensor, n: float, num_heads: int, dtype: torch.dtyp
     dtype : torch.dtype
         Of the attention logits.
     """
-    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    bias = _additive(visible, dtype)
     if n > 0:
-        bias[..., 0] = math.log(n)
-    bias.masked_fill_(~visible, torch.finfo(dtype).min)
+        bias[..., 0] += math.log(n)
     if bias.shape[1] > 1:
         bias = bias.repeat_interleave(num_heads // bias.shape[1], dim=1)
     return bias[:, :, None]
-
-
-__all__ = ["CacheLayerMixin", "PrunedLayer", "adopt_cache", "prunable_count", "pruned_layers", "updated_layer"]

@@ -15,13 +15,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from csp_ext.config import CSPConfig
 from csp_ext.integration import attention
-from csp_ext.integration.cache import adopt_cache, prunable_count, pruned_layers
+from csp_ext.integration.cache import PrunedLayer, adopt_cache, prunable_count, pruned_layers
 from csp_ext.integration.modality import modality_of_embeddings, modality_of_ids, placeholder_ids, real_tokens
 from csp_ext.integration.prompt import ANNOUNCED, Plan, Prompt
 from csp_ext.integration.stats import PruneStats
 from csp_ext.selection import QUESTION_MOST
-
-_MIN_TRANSFORMERS = (5, 4)
 
 
 def apply(model: PreTrainedModel, config: CSPConfig | None = None, **fields: Any) -> Handle:
@@ -30,12 +28,12 @@ def apply(model: PreTrainedModel, config: CSPConfig | None = None, **fields: Any
     Parameters
     ----------
     model : PreTrainedModel
-        A vision-language model of transformers (5.4 or newer) whose prompts hold placeholder tokens for images.
+        A vision-language model of transformers (5.4 or newer) whose prompts hold placeholders for images.
     config : CSPConfig, optional
         Which CSP; default ``CSPConfig()``.
     **fields
-        Any field of the config, e.g. ``budget=0.2``: a float in (0, 1] is a share of the batch's longest prompt,
-        an int is a number of tokens.
+        Any field of the config, e.g. ``budget=0.2``: a float in (0, 1] is a share of the batch's longest
+        prompt, an int is a number of tokens.
 
     Returns
     -------
@@ -61,9 +59,13 @@ def apply(model: PreTrainedModel, config: CSPConfig | None = None, **fields: Any
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"apply: model must be a transformers PreTrainedModel, got {type(model).__name__}")
     config = CSPConfig(**fields) if config is None else dataclasses.replace(config, **fields)
+    if config.heads == "shared" and (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            'apply: heads="shared" needs the scores of all heads, and tensor parallelism splits them'
+        )
     handle = model.__dict__.get("_csp_handle")
     if handle is None:
-        handle = Handle(model, config)
+        return Handle(model, config)
     handle.config = config
     return handle
 
@@ -81,25 +83,23 @@ def _decoder_key(model: PreTrainedModel) -> str | None:
 
 def _check(model: PreTrainedModel) -> dict[int, int]:
     """Return the placeholder ids of a model that can be pruned; raise ValueError for any other."""
-    from transformers import __version__ as version
-
     name = type(model).__name__
-    if tuple(int(part) for part in version.split(".")[:2]) < _MIN_TRANSFORMERS:
-        raise ValueError(f"apply: transformers {version} is too old, 5.4 or newer is needed")
     text = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
-        raise ValueError(f"apply: {name} is an encoder-decoder model; only decoder-only models have a prompt cache")
+        raise ValueError(
+            f"apply: {name} is an encoder-decoder model; only decoder-only models have a prompt cache"
+        )
     if getattr(text, "cross_attention_layers", None):
         raise ValueError(
             f"apply: {name} keeps its images in cross-attention layers, outside the prompt that CSP prunes"
         )
     placeholders = placeholder_ids(model.config)
     if not placeholders:
-        raise ValueError(f"apply: {name} has no image_token_id in its config, so its prompts hold no image tokens")
-    if prunable_count(text) == 0:
         raise ValueError(
-            f"apply: every attention layer of {name} has a sliding window or no cache of keys, nothing to prune"
+            f"apply: {name} has no image_token_id in its config, so its prompts hold no image tokens"
         )
+    if prunable_count(text) == 0:
+        raise ValueError(f"apply: every attention layer of {name} has a sliding window or no keys to prune")
     base = text._attn_implementation
     if base not in attention.IMPLEMENTATIONS:
         raise ValueError(
@@ -133,14 +133,13 @@ class Handle:
         attention.register()
         self._set_attention(attention.IMPLEMENTATIONS[self._base])
         if self._text_config._attn_implementation == self._base:
-            raise ValueError(
-                f"apply: {type(model).__name__} does not look its attention up in transformers' AttentionInterface"
-            )
+            raise ValueError(f"apply: {type(model).__name__} does not use transformers' AttentionInterface")
         self._own_generate = model.__dict__.get("generate")
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        # An instance attribute, so that the class and every other model stay as they are.
-        model.generate = self._generate
-        model._csp_handle = self
+        # Instance attributes, so that the class and every other model stay as they are.
+        if hasattr(model, "generate"):
+            model.__dict__["generate"] = self._generate
+        model.__dict__["_csp_handle"] = self
 
     def _set_attention(self, name: str) -> None:
         self.model.set_attn_implementation({self._decoder_key: name} if self._decoder_key else name)
@@ -150,9 +149,11 @@ class Handle:
         if self.model.__dict__.get("_csp_handle") is not self:
             return
         self._hook.remove()
-        del self.model._csp_handle, self.model.generate
+        attributes = self.model.__dict__
+        del attributes["_csp_handle"]
+        attributes.pop("generate", None)
         if self._own_generate is not None:
-            self.model.generate = self._own_generate
+            attributes["generate"] = self._own_generate
         self._set_attention(self._base)
 
     def __enter__(self) -> Handle:
@@ -173,15 +174,17 @@ class Handle:
         Parameters
         ----------
         modality : Tensor, optional
-            Integers [B, L]: 0 text, 1 image, further ids for other modalities, -1 padding. Needed for prompts given
-            as `inputs_embeds`, where no placeholder ids can be seen.
+            Integers [B, L]: 0 text, 1 image, further ids for other modalities, -1 padding. Needed for prompts
+            given as `inputs_embeds`, where no placeholder ids can be seen.
         length : int, optional
-            Tokens of the whole prompt, earlier turns included, where it comes in several forward calls; ``generate``
-            knows its own.
+            Tokens of the whole prompt, earlier turns included, where it comes in several forward calls;
+            ``generate`` knows its own.
         """
         if modality is not None:
             if modality.ndim != 2 or modality.is_floating_point():
-                raise ValueError(f"prompt: modality must be integers [B, L], got {modality.dtype} {tuple(modality.shape)}")
+                raise ValueError(
+                    f"prompt: modality must be integers [B, L], got {modality.dtype} {tuple(modality.shape)}"
+                )
             length = modality.shape[1] if length is None else length
             if modality.shape[1] != length:
                 raise ValueError(f"prompt: modality has {modality.shape[1]} positions, length is {length}")
@@ -196,16 +199,23 @@ class Handle:
         return prompt if prompt is not None and prompt.owner is self else None
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model's own ``generate``, having noted where the prompt ends: chunks and drafts hide it."""
-        own = self._own_generate or type(self.model).generate.__get__(self.model)
+        """Call the model's own ``generate``, noting where the prompt ends: chunks and drafts hide it."""
+        model: Any = self.model
+        own = self._own_generate or type(model).generate.__get__(model)
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         sources = (kwargs.get("attention_mask"), kwargs.get("inputs_embeds"), ids)
-        lengths = [source.shape[1] for source in sources if isinstance(source, Tensor) and source.ndim in (2, 3)]
+        lengths = [
+            source.shape[1] for source in sources if isinstance(source, Tensor) and source.ndim in (2, 3)
+        ]
         if not lengths:
             return own(*args, **kwargs)
         outer = self._announced()
         whole = isinstance(ids, Tensor) and ids.ndim == 2 and kwargs.get("inputs_embeds") is None
-        prompt = Prompt(self, lengths[0], ids if whole else None, outer.modality if outer else None)
+        known = outer.modality if outer else None
+        prompt = Prompt(self, lengths[0], ids if whole else None, known, single=True)
+        if getattr(kwargs.get("generation_config"), "is_assistant", False):
+            self._warn("this model drafts for another, which takes tokens of the prompt back", stacklevel=3)
+            prompt.length = 0
         token = ANNOUNCED.set(prompt)
         try:
             result = own(*args, **kwargs)
@@ -217,9 +227,12 @@ class Handle:
 
     def _warn(self, reason: str, stacklevel: int = 4) -> None:
         """Say once per reason that a prompt is generated from correctly, but not pruned."""
+        self._stats = PruneStats()
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(f"csp_ext: this prompt is left unpruned: {reason}", UserWarning, stacklevel=stacklevel)
+            warnings.warn(
+                f"csp_ext: this prompt is left unpruned: {reason}", UserWarning, stacklevel=stacklevel
+            )
 
     def _before_forward(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -228,65 +241,64 @@ class Handle:
         if torch.compiler.is_compiling():
             return None
         bound = dict(zip(self._arguments, args, strict=False)) | kwargs
-        cache = bound.get("past_key_values")
+        cache: Any = bound.get("past_key_values")
+        prompt = self._announced()
         made = cache is None
         if made:
             use_cache = bound.get("use_cache")
-            wanted = self._text_config.use_cache if use_cache is None else use_cache
+            wanted = getattr(self._text_config, "use_cache", True) if use_cache is None else use_cache
             # Training keeps the graph of the whole prompt anyway.
             if not wanted or (module.training and torch.is_grad_enabled()):
+                if prompt is not None:
+                    prompt.reached = True
                 return None
             cache = DynamicCache(config=self._text_config)
+        if prompt is None or not prompt.is_of(cache):
+            prompt = Prompt(self, None)
         refused = adopt_cache(cache, self._text_config)
         if refused:
-            self._mark_reached()
+            prompt.reached = True
             self._warn(refused)
             return None
         layers = pruned_layers(cache)
         for layer in layers:
             layer.attended, layer.plan, layer.buffer = True, None, 0
         if layers[0].slots:
-            self._mark_reached()
+            prompt.reached = True
         else:
-            self._prepare(layers, bound)
+            self._prepare(layers, prompt, bound)
         if not made:
             return None
         bound["past_key_values"] = cache
         return (), bound
 
-    def _mark_reached(self) -> None:
-        prompt = self._announced()
-        if prompt is not None:
-            prompt.reached = True
-
-    def _prepare(self, layers: list[Any], bound: dict[str, Any]) -> None:
+    def _prepare(self, layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any]) -> None:
         """Give the layers of an unpruned cache a plan if this forward completes a prompt."""
-        ids, embeddings = bound.get("input_ids"), bound.get("inputs_embeds")
+        ids: Any = bound.get("input_ids")
+        embeddings: Any = bound.get("inputs_embeds")
         fresh = embeddings if ids is None else ids
         if fresh is None:
             return
-        seen, prompt = layers[0].seen, self._announced()
+        seen = layers[0].seen
         end = seen + fresh.shape[1]
-        length = prompt.length if prompt is not None else None
-        if length is None:
-            # A forward of its own: its prompt is what it puts into an empty cache.
-            length = end if seen == 0 else seen
+        # A forward of its own: its prompt is what it puts into an empty cache.
+        length = prompt.length if prompt.length is not None else (end if seen == 0 else seen)
         if seen >= length:
-            self._mark_reached()
+            prompt.reached = True
             return
         if end < length:
             window = self.config.resolve(length).window
             for layer in layers:
                 layer.buffer = window if isinstance(window, int) else QUESTION_MOST
             return
-        self._mark_reached()
-        modality = prompt.modality_for(fresh.shape[0], self._placeholders, fresh.device) if prompt else None
+        prompt.reached = True
+        modality = prompt.modality_for(fresh.shape[0], self._placeholders, fresh.device)
         if modality is None and ids is not None and seen == 0:
             modality = modality_of_ids(ids[:, :length], self._placeholders)
         if modality is None and bound.get("mm_token_type_ids") is not None:
             types = bound["mm_token_type_ids"]
             modality = types[:, :length].to(torch.int8) if types.shape[1] >= length else None
-        images = any(bound.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
+        images = bound.get("pixel_values") is not None or bool(bound.get("mm_encoder_outputs"))
         if modality is None and ids is None and seen == 0 and images:
             table = self.model.get_input_embeddings()
             modality = modality_of_embeddings(embeddings[:, :length], table, self._placeholders)
@@ -297,7 +309,7 @@ class Handle:
             )
             return
         real = real_tokens(bound.get("attention_mask"), length)
-        if prompt is not None and prompt.modality is not None:
+        if prompt.modality is not None:
             real = modality >= 0 if real is None else real & (modality >= 0)
         plan = Plan.make(modality, real, self.config)
         for layer in layers:

@@ -34,8 +34,10 @@ def modality_of_ids(ids: Tensor, placeholders: dict[int, int]) -> Tensor:
     return modality
 
 
-def modality_of_embeddings(embeddings: Tensor, table: torch.nn.Module, placeholders: dict[int, int]) -> Tensor:
-    """Return the modality of embedded placeholders [B, L, hidden], found as the models themselves find them."""
+def modality_of_embeddings(
+    embeddings: Tensor, table: torch.nn.Module, placeholders: dict[int, int]
+) -> Tensor:
+    """Return the modality of embedded placeholders [B, L, hidden], found as the models find them."""
     modality = torch.zeros(embeddings.shape[:2], dtype=torch.int8, device=embeddings.device)
     for token, value in placeholders.items():
         row = table(torch.tensor(token, device=embeddings.device)).to(embeddings.dtype)
@@ -44,9 +46,10 @@ def modality_of_embeddings(embeddings: Tensor, table: torch.nn.Module, placehold
 
 
 def real_tokens(attention_mask: Any, length: int) -> Tensor | None:
-    """Return which of the first `length` positions are not padding, bool [B, length], or None for all of them.
+    """Return which of the first `length` positions are not padding, bool [B, length], or None for all.
 
-    A 4-D mask (or a dict of them, one per layer type) tells it in its last query row, where causality hides nothing.
+    A 4-D mask (or a dict of them, one per layer type) tells it in its last query row, where causality hides
+    nothing.
     """
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get("full_attention")

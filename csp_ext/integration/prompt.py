@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from csp_ext import ops, reference
 from csp_ext.config import CSPConfig, ResolvedConfig
+from csp_ext.dispatch import implementation_for
 from csp_ext.integration.cache import PrunedLayer, visibility_bias
 from csp_ext.integration.modality import PADDING, modality_of_ids
 from csp_ext.integration.stats import LayerStats, PruneStats
@@ -31,6 +33,8 @@ class Prompt:
         [B, length] token ids, where they are known for the whole prompt.
     modality : Tensor or None
         [B, length], given by the user; wins over `ids`.
+    single : bool
+        One prompt, of the first cache that comes (``generate``), rather than every prompt of a block.
     reached : bool
         Whether some forward completed it.
     """
@@ -39,14 +43,26 @@ class Prompt:
     length: int | None
     ids: Tensor | None = None
     modality: Tensor | None = None
+    single: bool = False
     reached: bool = False
+    cache: weakref.ref[Any] | None = None
+
+    def is_of(self, cache: Any) -> bool:
+        """Say whether this cache holds the prompt; guidance runs prompts of its own inside ``generate``."""
+        if self.single and self.cache is None:
+            self.cache = weakref.ref(cache)
+        return self.cache is None or self.cache() is cache
 
     def modality_for(self, rows: int, placeholders: dict[int, int], device: torch.device) -> Tensor | None:
-        """Return the modality [rows, length] int8; beams and returned sequences repeat each row of the prompt."""
+        """Return the modality [rows, length] int8; beams and returned sequences repeat each row."""
         known = self.modality
         if known is None and self.ids is not None:
             known = modality_of_ids(self.ids, placeholders)
-        if known is None or known.ndim != 2 or known.shape[1] != self.length or rows % known.shape[0]:
+        if known is None or known.shape[1] != self.length or rows % known.shape[0]:
+            if self.modality is not None:
+                raise ValueError(
+                    f"modality has shape {tuple(self.modality.shape)}, the prompt is {rows} x {self.length}"
+                )
             return None
         return known.to(device, torch.int8).repeat_interleave(rows // known.shape[0], dim=0)
 
@@ -131,6 +147,7 @@ class Plan:
             plain=left_padded and exact and all(over) and config.decode_n in (0, 1),
         )
 
+    @torch.no_grad()
     def select(self, query: Tensor, key: Tensor, scale: float | None, causal: bool) -> Tensor:
         """Return the kept positions, int32 [B, Hs, slots], ascending, -1 free.
 
@@ -156,7 +173,6 @@ class Plan:
         indices = torch.nn.functional.pad(indices, (self.slots - indices.shape[-1], 0), value=PADDING)
         return torch.where(self.whole.to(key.device)[:, None, None], real, indices)
 
-    @torch.no_grad()
     def carry_out(
         self, index: int, layer: PrunedLayer, query: Tensor, scale: float | None, causal: bool
     ) -> None:
@@ -174,9 +190,7 @@ class Plan:
                 visible = torch.cat([kept.sum(-1, keepdim=True) < real, kept], dim=-1)
                 slots = torch.nn.functional.pad(indices, (1, 0), value=PADDING)
             bias = None if self.plain else visibility_bias(visible, n, query.shape[1], query.dtype)
-            # CUDA has no float64 kernels.
-            impl = reference if keys.is_cuda and keys.dtype == torch.float64 else ops
-            key, value = impl.compact(keys, values, slots)
+            key, value = implementation_for(keys).compact(keys, values, slots)
             layer.replace_prompt(key, value, self.length, bias)
             after = key.nbytes + value.nbytes
         layer.plan = layer.queries = None

@@ -18,7 +18,7 @@ from csp_ext.integration.modality import IMAGE, TEXT
 class LayerStats:
     """One layer of the last prompt.
 
-    Nothing here is read from the device before it is asked for, so collecting it costs generation no synchronisation.
+    Nothing is read from the device before it is asked for: collecting it costs generation no synchronisation.
 
     Attributes
     ----------
@@ -111,7 +111,9 @@ class PruneStats:
 
     def __rich__(self) -> Table:
         saved = 1 - self.bytes_after / self.bytes_before if self.bytes_before else 0.0
-        table = Table(title=f"CSP: {_size(self.bytes_before)} -> {_size(self.bytes_after)} ({saved:.0%} freed)")
+        table = Table(
+            title=f"CSP: {_size(self.bytes_before)} -> {_size(self.bytes_after)} ({saved:.0%} freed)"
+        )
         for name in ("layer", "kept", "dropped", "text kept", "image kept", "before", "after"):
             table.add_column(name, justify="right")
         for layer in self.layers:

@@ -1,5 +1,8 @@
 #include "csp/decode.h"
 
+#include <atomic>
+#include <new>
+
 #include "decode_kernel.h"
 #include "tasks.h"
 
@@ -44,22 +47,37 @@ bool is_empty(const DecodeParams& p) {
   return p.batch == 0 || p.num_heads == 0 || p.num_kv_heads == 0 || p.queries == 0 || p.head_dim == 0;
 }
 
-size_t partials_bytes(const DecodeParams& p, const DecodePlan& plan) {
-  const int64_t tasks = p.batch * p.num_kv_heads * plan.splits;
-  return cache_lines(static_cast<size_t>(tasks * plan.partial * dtype_bytes(accumulate_dtype(p.dtype))));
-}
+// The pieces of the workspace: partial results of all tasks, tasks done per head, scratch of each worker.
+struct Layout {
+  size_t partial = 0;  // bytes of one task's result
+  size_t done = 0;     // offset
+  size_t scratch = 0;  // offset
+  size_t worker = 0;   // bytes of one worker's scratch
+};
 
-size_t scratch_bytes(const DecodeParams& p, const DecodePlan& plan) {
-  return cache_lines(static_cast<size_t>(plan.scratch * dtype_bytes(accumulate_dtype(p.dtype))));
+Layout layout_of(const DecodeParams& p, const DecodePlan& plan) {
+  const auto element = static_cast<size_t>(dtype_bytes(accumulate_dtype(p.dtype)));
+  const auto heads = static_cast<size_t>(p.batch * p.num_kv_heads);
+  Layout layout;
+  layout.partial = static_cast<size_t>(plan.partial) * element;
+  layout.done = cache_lines(heads * static_cast<size_t>(plan.splits) * layout.partial);
+  layout.scratch = layout.done + cache_lines(heads * sizeof(std::atomic<int32_t>));
+  layout.worker = cache_lines(static_cast<size_t>(plan.scratch) * element);
+  return layout;
 }
 
 }  // namespace
 
+int64_t decode_cpu_tasks(const DecodeParams& params) {
+  return is_empty(params) ? 0 : params.batch * params.num_kv_heads * plan_of(params).splits;
+}
+
 size_t decode_cpu_workspace_bytes(const DecodeParams& params, int32_t num_threads) {
   if (is_empty(params)) return 0;
-  const DecodePlan plan = plan_of(params);
-  const size_t workers = num_threads < 1 ? 1 : static_cast<size_t>(num_threads);
-  return partials_bytes(params, plan) + workers * scratch_bytes(params, plan);
+  const Layout layout = layout_of(params, plan_of(params));
+  const int64_t tasks = decode_cpu_tasks(params);
+  const int64_t threads = num_threads < 1 ? 1 : num_threads;
+  return layout.scratch + layout.worker * static_cast<size_t>(tasks < threads ? tasks : threads);
 }
 
 int64_t decode_cpu_tasks(const DecodeParams& params) {
@@ -69,22 +87,22 @@ int64_t decode_cpu_tasks(const DecodeParams& params) {
 void decode_cpu(const DecodeParams& params, void* workspace, const Parallel& parallel) {
   if (is_empty(params)) return;
   const DecodePlan plan = plan_of(params);
+  const Layout layout = layout_of(params, plan);
   const int64_t heads = params.batch * params.num_kv_heads;
-  const int64_t partial_bytes = plan.partial * dtype_bytes(accumulate_dtype(params.dtype));
-  char* const partials = static_cast<char*>(workspace);
-  char* const scratch = partials + partials_bytes(params, plan);
-  const int64_t scratch_step = static_cast<int64_t>(scratch_bytes(params, plan));
+  char* const base = static_cast<char*>(workspace);
+  auto* const done = reinterpret_cast<std::atomic<int32_t>*>(base + layout.done);
+  for (int64_t head = 0; head < heads; ++head) new (done + head) std::atomic<int32_t>(0);
 
   for_each_task(parallel, decode_cpu_tasks(params), [&](int64_t task, int32_t worker) {
     const int64_t head = task / plan.splits;
     const DecodeRange range = range_of(params, head / params.num_kv_heads, head % params.num_kv_heads);
-    CSP_CALL_KERNEL(decode_split, params, plan, task, range, partials + task * partial_bytes,
-                    scratch + worker * scratch_step);
-    if (plan.splits == 1) CSP_CALL_KERNEL(decode_merge, params, plan, head, partials + task * partial_bytes);
-  });
-  if (plan.splits == 1) return;
-  for_each_task(parallel, heads, [&](int64_t head, int32_t) {
-    CSP_CALL_KERNEL(decode_merge, params, plan, head, partials + head * plan.splits * partial_bytes);
+    CSP_CALL_KERNEL(decode_split, params, plan, task, range,
+                    base + static_cast<size_t>(task) * layout.partial,
+                    base + layout.scratch + static_cast<size_t>(worker) * layout.worker);
+    // Whoever finishes a head's last split merges them all, in their order: one trip through the pool.
+    if (done[head].fetch_add(1, std::memory_order_acq_rel) + 1 < plan.splits) return;
+    CSP_CALL_KERNEL(decode_merge, params, plan, head,
+                    base + static_cast<size_t>(head * plan.splits) * layout.partial);
   });
 }
 

@@ -8,6 +8,9 @@ namespace {
 
 // ---- one split ----
 
+// How far ahead of its use a row is fetched: 2 and 4 KiB measured alike, 8 KiB and none clearly slower.
+constexpr int64_t kAheadBytes = 4096;
+
 // The rows of a tile as float32, zeros up to a whole vector: heads narrower than one.
 template <typename T>
 void pack(const T* rows, int64_t step, int64_t keys, int64_t head_dim, float* packed) {
@@ -60,11 +63,12 @@ void split_of(const DecodeParams& p, const DecodePlan& plan, int64_t task, const
   for (int64_t i = 0; i < plan.rows * 16; ++i) lane_sums[i] = 0;
   for (int64_t i = 0; i < plan.rows * plan.width; ++i) acc[i] = 0;
 
+  const int64_t row_bytes = p.head_dim * static_cast<int64_t>(sizeof(T));
+  const int64_t ahead = row_bytes < kAheadBytes ? kAheadBytes / row_bytes : 1;
   for (int64_t at = begin; at < end; at += kDecodeTile) {
     const int64_t keys = end - at < kDecodeTile ? end - at : kDecodeTile;
     const T* const tile_key = key + at * p.key_stride.row;
     const T* const tile_value = value + at * p.value_stride.row;
-    const T* const next = at + 2 * kDecodeTile <= end ? tile_key + kDecodeTile * p.key_stride.row : nullptr;
     if (p.head_dim < kLanes) {
       pack(tile_key, p.key_stride.row, keys, p.head_dim, packed);
       pack(tile_value, p.value_stride.row, keys, p.head_dim, packed + kDecodeTile * kLanes);
@@ -87,12 +91,12 @@ void split_of(const DecodeParams& p, const DecodePlan& plan, int64_t task, const
                         visible,
                         r == 0};
       if (p.head_dim < kLanes) {
-        const Tile<float> tile{
-            packed, packed + kDecodeTile * kLanes, kLanes, kLanes, keys, nullptr, kLanes, plan.width};
+        const Tile<float> tile{packed,    packed + kDecodeTile * kLanes, kLanes, kLanes, keys, 0, kLanes,
+                               plan.width};
         tile_of(rows, block, tile, common);
       } else {
         const Tile<T> tile{tile_key, tile_value, p.key_stride.row, p.value_stride.row,
-                           keys,     next,       p.head_dim,       plan.width};
+                           keys,     ahead,      p.head_dim,       plan.width};
         tile_of(rows, block, tile, common);
       }
     }

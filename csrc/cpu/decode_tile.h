@@ -74,10 +74,10 @@ struct Tile {
   const T* value;
   int64_t key_step;
   int64_t value_step;
-  int64_t keys;       // slots of the tile, 1..kDecodeTile
-  const T* next_key;  // prefetched while the values pass; null: nothing follows
-  int64_t head_dim;   // >= kLanes
-  int64_t width;      // of a query and accumulator row
+  int64_t keys;      // slots of the tile, 1..kDecodeTile
+  int64_t ahead;     // rows from the one in use to the one being fetched; 0: in cache already
+  int64_t head_dim;  // >= kLanes
+  int64_t width;     // of a query and accumulator row
 };
 
 struct Block {
@@ -87,7 +87,7 @@ struct Block {
   float* sum;              // [kLanes]
   float* logits;           // [kDecodeTile / C, kLanes]
   const int32_t* visible;  // [R] slots of the tile that each row sees
-  bool first;              // the block that fetches the tile from memory
+  bool first;              // of the tile: fetches the rows ahead
 };
 
 // NOTE: where head_dim is not whole vectors, the last one overlaps the one before; its query lanes there are
@@ -97,7 +97,7 @@ CSP_INLINE int64_t column_of(int64_t slot, int64_t head_dim) {
 }
 
 template <typename T>
-CSP_INLINE void prefetch_row(const T* row, int64_t head_dim) {
+CSP_INLINE void fetch(const T* row, int64_t head_dim) {
   for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(T)))
     __builtin_prefetch(row + d, 0, 2);
 }
@@ -105,7 +105,8 @@ CSP_INLINE void prefetch_row(const T* row, int64_t head_dim) {
 template <int R, typename T>
 CSP_INLINE void logits_of(const Block& block, const Tile<T>& t) {
   constexpr int C = keys_per_vector(R);
-  constexpr int kStep = R * C >= 8 && R > 1 ? C : C < 4 ? C : 4;  // keys read side by side
+  // Keys read side by side. One row alone is bound by memory, which likes one stream best.
+  constexpr int kStep = R < 3 && R < C ? R : C;
   for (int64_t j = 0; j < t.keys; j += C) {
     vfloat sums[kLanes] = {};
 #pragma GCC unroll 16
@@ -115,7 +116,7 @@ CSP_INLINE void logits_of(const Block& block, const Tile<T>& t) {
       for (int i = 0; i < kStep; ++i) {
         const int64_t slot = j + c + i < t.keys ? j + c + i : t.keys - 1;
         row[i] = t.key + slot * t.key_step;
-        if (block.first) prefetch_row(t.value + slot * t.value_step, t.head_dim);
+        if (block.first && t.ahead > 0) fetch(row[i] + t.ahead * t.key_step, t.head_dim);
       }
       for (int64_t d = 0; d < t.head_dim; d += kLanes) {
         const int64_t column = column_of(d, t.head_dim);
@@ -165,7 +166,7 @@ CSP_INLINE vfloat softmax_of(const Block& block, int64_t keys) {
     store(block.logits + i * kLanes, weight);
   }
   store(block.top, top);
-  // vexp does not carry a nan: a logit that is one must spoil its row.
+  // NOTE: vexp makes a number of a nan with a payload; a logit that is one must spoil its row.
   store(block.sum, blend(nan, set1(__builtin_nanf("")), sum));
   return shrink;
 }
@@ -193,9 +194,7 @@ CSP_INLINE void weigh(const Block& block, const Tile<T>& t, int64_t keys, int64_
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) acc[r][v] += x[v] * weights[r * C + c];
       }
-      if (block.first && slot == 0 && t.next_key != nullptr) {
-        prefetch_row(t.next_key + (j + c) * t.key_step, t.head_dim);
-      }
+      if (block.first && slot == 0 && t.ahead > 0) fetch(value + t.ahead * t.value_step, t.head_dim);
     }
   }
 #pragma GCC unroll 8

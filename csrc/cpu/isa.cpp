@@ -42,6 +42,10 @@ const char* cpu_isa_name() {
   return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline";
 }
 
+bool cpu_has_bf16_dot() {
+  return cpu_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+}
+
 void reset_cpu_isa() {
   current.store(-1, std::memory_order_relaxed);
 }

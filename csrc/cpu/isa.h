@@ -11,6 +11,9 @@ enum class Isa { kBaseline, kAvx2, kAvx512 };
 Isa cpu_isa();
 const char* cpu_isa_name();
 
+// Whether the set in use comes with a dot product of bfloat16 pairs (AVX512-BF16).
+bool cpu_has_bf16_dot();
+
 // Forgets the choice, so that the next call reads CSP_CPU_CAPABILITY again: tests walk through the sets.
 void reset_cpu_isa();
 

@@ -5,27 +5,42 @@
 namespace csp::CSP_ISA {
 namespace {
 
+// Calls fn(j, count) for each vector of a row; count < kLanes only at its end.
+template <typename Fn>
+CSP_INLINE void for_each_vector(int64_t cols, Fn fn) {
+  int64_t j = 0;
+  for (; j + kLanes <= cols; j += kLanes) fn(j, int64_t{kLanes});
+  if (j < cols) fn(j, cols - j);
+}
+
 template <typename T>
 void row_of(const T* x, T* out, int64_t cols, float n) {
   vfloat top = set1(-kInf);
-  for (int64_t j = 0; j < cols; j += kLanes) top = vmax(load_n(x + j, cols - j, -kInf), top);
+  for_each_vector(cols, [&](int64_t j, int64_t count) { top = vmax(load_n(x + j, count, -kInf), top); });
   float shift = hmax(top);
-  const bool empty = shift == -kInf;
   if (n > 0) {
     const float log_n = __builtin_logf(n);
     shift = log_n > shift ? log_n : shift;
   }
-  if (empty) shift = 0;
+  if (shift == -kInf) shift = 0;
 
-  float sum = n * __builtin_expf(-shift);
   vfloat sums{};
-  for (int64_t j = 0; j < cols; j += kLanes) sums += vexp(load_n(x + j, cols - j, -kInf) - shift);
-  sum += hsum(sums);
+  for_each_vector(cols, [&](int64_t j, int64_t count) {
+    const vfloat e = vexp(load_n(x + j, count, -kInf) - shift);
+    sums += e;
+    // float32 has room for the exponentials themselves; a narrower type would round them twice.
+    if constexpr (sizeof(T) == sizeof(float)) store_n(out + j, e, count);
+  });
+  const float sum = n * __builtin_expf(-shift) + hsum(sums);
 
   const float inverse = sum > 0 ? 1 / sum : 0;
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    store_n(out + j, vexp(load_n(x + j, cols - j, -kInf) - shift) * inverse, cols - j);
-  }
+  for_each_vector(cols, [&](int64_t j, int64_t count) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      store_n(out + j, load_n(out + j, count, 0) * inverse, count);
+    } else {
+      store_n(out + j, vexp(load_n(x + j, count, -kInf) - shift) * inverse, count);
+    }
+  });
 }
 
 void row_of(const double* x, double* out, int64_t cols, double n) {

@@ -1,6 +1,7 @@
 #include "csp/score.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "score_kernel.h"
 
@@ -27,6 +28,7 @@ ScorePlan plan_of(const ScoreParams& p) {
   plan.partials = p.heads == Heads::kShared ? p.num_kv_heads * plan.chunks : plan.chunks;
   plan.padded_keys = ceil_div(p.keys, kScoreBlock) * kScoreBlock;
   plan.mean = 1.0 / static_cast<double>(p.heads == Heads::kShared ? p.num_heads : plan.group);
+  plan.bf16_dot = p.dtype == DType::kBFloat16 && p.head_dim > 0 && p.head_dim % 2 == 0 && cpu_has_bf16_dot();
   return plan;
 }
 
@@ -34,34 +36,33 @@ bool is_empty(const ScoreParams& p) {
   return p.batch == 0 || p.num_heads == 0 || p.keys == 0;
 }
 
-// Cuts one worker's scratch at `base` into its pieces and returns the end of it. A float64 row is
-// scored alone, so it needs only the first two pieces and a row of logits.
-char* cut(const ScoreParams& p, const ScorePlan& plan, char* base, ScoreScratch& scratch) {
+// Cuts one worker's scratch at `base` into its pieces and returns its size; only that where base is null.
+size_t cut(const ScoreParams& p, const ScorePlan& plan, char* base, ScoreScratch& scratch) {
+  // A float64 row is scored alone: it needs the lists and one row of logits.
   const bool wide = p.dtype == DType::kFloat64;
-  const size_t blocks = wide || p.lse != nullptr ? 0 : plan.padded_keys / kScoreBlock;
+  const size_t blocks = plan.padded_keys / kScoreBlock;
+  const size_t tile_blocks = p.lse == nullptr ? blocks : 1;
   const size_t dims = wide ? 0 : p.head_dim;
-  const auto take = [&base](auto& piece, size_t bytes) {
-    piece = reinterpret_cast<std::remove_reference_t<decltype(piece)>>(base);
-    base += cache_lines(bytes);
+  const size_t stats = wide || p.lse != nullptr ? 0 : blocks * kScoreRows;
+  size_t used = 0;
+  const auto take = [&](auto& piece, size_t bytes) {
+    if (base != nullptr) piece = reinterpret_cast<std::remove_reference_t<decltype(piece)>>(base + used);
+    used += cache_lines(bytes);
   };
   take(scratch.order, p.window * sizeof(int32_t));
   take(scratch.modality, plan.padded_keys);
-  // One pair of rounding: a bfloat16 query is packed in pairs of head_dim.
-  take(scratch.query, (dims + 1) * kScoreRows * sizeof(float));
-  take(scratch.keys, (dims + 1) * 12 * sizeof(float));
-  take(scratch.tops, blocks * kScoreRows * sizeof(float));
-  take(scratch.sums, blocks * kScoreRows * sizeof(float));
-  if (wide) {
-    take(scratch.tile, p.keys * sizeof(double));
-  } else {
-    take(scratch.tile, (blocks > 0 ? blocks : 1) * kScoreBlock * kScoreRows * sizeof(float));
-  }
-  return base;
+  take(scratch.real, blocks);
+  take(scratch.query, dims * kScoreRows * sizeof(float));
+  take(scratch.keys, dims * 12 * sizeof(float));
+  take(scratch.tops, stats * sizeof(float));
+  take(scratch.sums, stats * sizeof(float));
+  take(scratch.tile, wide ? p.keys * sizeof(double) : tile_blocks * kScoreBlock * kScoreRows * sizeof(float));
+  return used;
 }
 
 size_t scratch_bytes(const ScoreParams& p, const ScorePlan& plan) {
-  ScoreScratch scratch;
-  return static_cast<size_t>(cut(p, plan, nullptr, scratch) - static_cast<char*>(nullptr));
+  ScoreScratch unused;
+  return cut(p, plan, nullptr, unused);
 }
 
 // Bytes of one task's partial sums, [2, L].

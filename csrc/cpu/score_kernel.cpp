@@ -1,5 +1,6 @@
 #include "score_kernel.h"
 
+#include "score_bf16.h"
 #include "score_f64.h"
 #include "score_tile.h"
 #include "simd.h"
@@ -35,14 +36,21 @@ Tile pack_tile(const ScoreParams& p, const ScorePlan& plan, const ScoreScratch& 
   Tile tile;
   tile.limit = 0;
   tile.common = p.keys;
-  float* packed = static_cast<float*>(s.query);
   for (int lane = 0; lane < kRows; ++lane) {
     const int64_t row = first + (lane < count ? lane : count - 1);
     const int64_t i = s.order[row / plan.group];
     const int64_t head = kv_head * plan.group + row % plan.group;
-    const T* query = static_cast<const T*>(p.query) + b * p.query_stride.batch +
-                     head * p.query_stride.head + i * p.query_stride.row;
-    for (int64_t d = 0; d < p.head_dim; ++d) packed[d * kRows + lane] = to_float(query[d]);
+    const T* query = static_cast<const T*>(p.query) + b * p.query_stride.batch + head * p.query_stride.head +
+                     i * p.query_stride.row;
+    if (plan.bf16_dot) {
+      uint32_t* const packed = static_cast<uint32_t*>(s.query);
+      for (int64_t d = 0; d < p.head_dim; d += 2) {
+        __builtin_memcpy(packed + d / 2 * kRows + lane, query + d, sizeof(uint32_t));
+      }
+    } else {
+      float* const packed = static_cast<float*>(s.query);
+      for (int64_t d = 0; d < p.head_dim; ++d) packed[d * kRows + lane] = to_float(query[d]);
+    }
 
     const int64_t seen = p.causal ? p.keys - p.window + i + 1 : p.keys;
     tile.limit = seen > tile.limit ? seen : tile.limit;
@@ -58,13 +66,6 @@ Tile pack_tile(const ScoreParams& p, const ScorePlan& plan, const ScoreScratch& 
   return tile;
 }
 
-// Keys of a block that are not padding.
-CSP_INLINE int64_t real_keys(const int8_t* modality) {
-  int32_t count = 0;
-  for (int k = 0; k < kBlock; ++k) count += modality[k] >= 0;
-  return count;
-}
-
 // -inf where the row may not see the key.
 void hide_keys(const Tile& tile, const int8_t* modality, int64_t begin, float* z) {
   for (int k = 0; k < kBlock; ++k) {
@@ -77,8 +78,8 @@ void hide_keys(const Tile& tile, const int8_t* modality, int64_t begin, float* z
 }
 
 // Adds the weighted column sums of one block to self and cross, modality by modality of the tile's rows.
-void add_columns(const Tile& tile, const float* e, const vfloat* weight, const int8_t* modality, int64_t count,
-                 float* self, float* cross) {
+void add_columns(const Tile& tile, const float* e, const vfloat* weight, const int8_t* modality,
+                 int64_t count, float* self, float* cross) {
   int32_t last = -1;
   for (int lane = 0; lane < kRows; ++lane) {
     const int32_t wanted = tile.modality[lane / kLanes][lane % kLanes];
@@ -97,23 +98,37 @@ void add_columns(const Tile& tile, const float* e, const vfloat* weight, const i
   }
 }
 
+// Logits of the block of keys at `begin`; -inf where a row may not see the key.
+template <typename T>
+void logits_of(const ScoreParams& p, const ScorePlan& plan, const ScoreScratch& s, const Tile& tile,
+               const T* keys, int64_t begin, float* z) {
+  const int64_t stride = p.key_stride.row;
+  const int64_t count = tile.limit - begin < kBlock ? tile.limit - begin : kBlock;
+  const float scale = static_cast<float>(p.scale);
+  bool done = false;
+  if constexpr (kHasPairs<T>) {
+    if (plan.bf16_dot) {
+      block_logits_pairs(static_cast<const uint32_t*>(s.query), keys + begin * stride, stride, p.head_dim,
+                         count, scale, static_cast<T*>(s.keys), z);
+      done = true;
+    }
+  }
+  if (!done) {
+    block_logits(static_cast<const float*>(s.query), keys + begin * stride, stride, p.head_dim, count, scale,
+                 static_cast<float*>(s.keys), z);
+  }
+  if (begin + kBlock > tile.common || s.real[begin / kBlock] < kBlock) {
+    hide_keys(tile, s.modality + begin, begin, z);
+  }
+}
+
 // One tile against every key: logits, exponentials, column sums.
 template <typename T>
 void score_tile(const ScoreParams& p, const ScorePlan& plan, const ScoreScratch& s, const Tile& tile,
                 const T* keys, float* self, float* cross) {
-  const float* packed = static_cast<const float*>(s.query);
-  const float scale = static_cast<float>(p.scale);
   const float mean = static_cast<float>(plan.mean);
   const float log_n = p.n > 0 ? static_cast<float>(__builtin_log(p.n)) : -kInf;
   float* const z = static_cast<float*>(s.tile);
-  const auto logits = [&](int64_t begin, float* block) {
-    const int64_t count = tile.limit - begin < kBlock ? tile.limit - begin : kBlock;
-    block_logits(packed, keys + begin * p.key_stride.row, p.key_stride.row, p.head_dim, count, scale,
-                 static_cast<float*>(s.keys), block);
-    if (begin + kBlock > tile.common || real_keys(s.modality + begin) < kBlock) {
-      hide_keys(tile, s.modality + begin, begin, block);
-    }
-  };
   const auto add = [&](int64_t begin, const float* e, const vfloat* weight) {
     const int64_t count = tile.limit - begin < kBlock ? tile.limit - begin : kBlock;
     add_columns(tile, e, weight, s.modality + begin, count, self + begin, cross + begin);
@@ -127,8 +142,8 @@ void score_tile(const ScoreParams& p, const ScorePlan& plan, const ScoreScratch&
       weight[v] = blend(tile.lse[v] == set1(-kInf), vfloat{}, mean / (1.0f + odds));
     }
     for (int64_t begin = 0; begin < tile.limit; begin += kBlock) {
-      if (real_keys(s.modality + begin) == 0) continue;
-      logits(begin, z);
+      if (s.real[begin / kBlock] == 0) continue;
+      logits_of(p, plan, s, tile, keys, begin, z);
       for (int64_t k = 0; k < kBlock; ++k) {
         for (int v = 0; v < kVecs; ++v) {
           float* at = z + k * kRows + v * kLanes;
@@ -144,17 +159,17 @@ void score_tile(const ScoreParams& p, const ScorePlan& plan, const ScoreScratch&
   vfloat top[kVecs], sum[kVecs] = {};
   for (int v = 0; v < kVecs; ++v) top[v] = set1(log_n > kLowest ? log_n : kLowest);
   for (int64_t begin = 0; begin < tile.limit; begin += kBlock) {
-    if (real_keys(s.modality + begin) == 0) continue;
+    if (s.real[begin / kBlock] == 0) continue;
     float* const block = z + begin * kRows;
     float* const tops = s.tops + begin / kBlock * kRows;
-    logits(begin, block);
+    logits_of(p, plan, s, tile, keys, begin, block);
     block_exponentials(block, tops, s.sums + begin / kBlock * kRows);
     for (int v = 0; v < kVecs; ++v) top[v] = vmax(load(tops + v * kLanes), top[v]);
   }
   // Row weights: 1 / (n + sum), all relative to the row's maximum (or log n).
   for (int v = 0; v < kVecs; ++v) sum[v] = vexp(log_n - top[v]);
   for (int64_t begin = 0; begin < tile.limit; begin += kBlock) {
-    if (real_keys(s.modality + begin) == 0) continue;
+    if (s.real[begin / kBlock] == 0) continue;
     for (int v = 0; v < kVecs; ++v) {
       float* const at = s.tops + begin / kBlock * kRows + v * kLanes;
       const vfloat factor = vexp(load(at) - top[v]);
@@ -164,12 +179,23 @@ void score_tile(const ScoreParams& p, const ScorePlan& plan, const ScoreScratch&
   }
   for (int v = 0; v < kVecs; ++v) sum[v] = blend(sum[v] == vfloat{}, vfloat{}, mean / sum[v]);
   for (int64_t begin = 0; begin < tile.limit; begin += kBlock) {
-    if (real_keys(s.modality + begin) == 0) continue;
+    if (s.real[begin / kBlock] == 0) continue;
     vfloat weight[kVecs];
     for (int v = 0; v < kVecs; ++v) {
       weight[v] = load(s.tops + begin / kBlock * kRows + v * kLanes) * sum[v];
     }
     add(begin, z + begin * kRows, weight);
+  }
+}
+
+// Copies the keys' modality, padded to whole blocks, and counts the real keys of each block.
+void prepare_keys(const int8_t* modality, int64_t keys, int64_t padded_keys, const ScoreScratch& s) {
+  __builtin_memcpy(s.modality, modality, keys);
+  __builtin_memset(s.modality + keys, -1, padded_keys - keys);
+  for (int64_t begin = 0; begin < padded_keys; begin += kBlock) {
+    int32_t count = 0;
+    for (int k = 0; k < kBlock; ++k) count += s.modality[begin + k] >= 0;
+    s.real[begin / kBlock] = static_cast<int8_t>(count);
   }
 }
 
@@ -189,8 +215,7 @@ int64_t sort_queries(const int8_t* modality, int64_t window, int32_t* order) {
 template <typename T>
 void chunk_of(const ScoreParams& p, const ScorePlan& plan, int64_t b, int64_t kv_head, int64_t begin,
               int64_t end, const ScoreScratch& s, float* self, float* cross) {
-  const T* keys =
-      static_cast<const T*>(p.key) + b * p.key_stride.batch + kv_head * p.key_stride.head;
+  const T* keys = static_cast<const T*>(p.key) + b * p.key_stride.batch + kv_head * p.key_stride.head;
   for (int64_t row = begin; row < end; row += kRows) {
     const int64_t count = end - row < kRows ? end - row : kRows;
     const Tile tile = pack_tile<T>(p, plan, s, b, kv_head, row, count);
@@ -222,9 +247,7 @@ void score_chunk(const ScoreParams& params, const ScorePlan& plan, int64_t task,
   const int64_t head = task / plan.chunks;
   const int64_t b = head / params.num_kv_heads;
   const int64_t kv_head = head % params.num_kv_heads;
-  __builtin_memcpy(scratch.modality, params.modality + b * params.keys, params.keys);
-  __builtin_memset(scratch.modality + params.keys, -1, plan.padded_keys - params.keys);
-
+  prepare_keys(params.modality + b * params.keys, params.keys, plan.padded_keys, scratch);
   const int8_t* query_modality = params.query_modality + b * params.window;
   const int64_t rows = sort_queries(query_modality, params.window, scratch.order) * plan.group;
   const int64_t begin = task % plan.chunks * plan.chunk_rows;

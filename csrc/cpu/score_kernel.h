@@ -18,14 +18,16 @@ struct ScorePlan {
   int64_t partials = 0;     // tasks that add up to one output row; 1: they write it themselves
   int64_t padded_keys = 0;  // L in whole blocks
   double mean = 0;          // 1 / (query heads of an output row)
+  bool bf16_dot = false;    // bfloat16 pairs go to the CPU's own dot product
 };
 
 // One worker's scratch, cut into its pieces.
 struct ScoreScratch {
   int32_t* order = nullptr;    // [O] observing queries, sorted by modality
   int8_t* modality = nullptr;  // [padded L] the keys', -1 past the end
-  void* query = nullptr;       // [D, 16] the tile's queries
-  void* keys = nullptr;        // [12, D] keys converted to float32
+  int8_t* real = nullptr;      // [blocks] keys of each block that are no padding
+  void* query = nullptr;       // [D, 16] the tile's queries; bf16_dot: [D / 2, 16, 2]
+  void* keys = nullptr;        // [12, D] keys converted to float32 or copied together
   float* tops = nullptr;       // [blocks, 16] maximum of each block
   float* sums = nullptr;       // [blocks, 16] sum of each block, relative to its maximum
   void* tile = nullptr;        // [padded L, 16] exponentials; [L] doubles in float64

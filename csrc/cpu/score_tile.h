@@ -22,16 +22,18 @@ static_assert(kBlock % kStep == 0 && kBlock % kLanes == 0);
 // a power of two) would evict each other and are copied together first.
 constexpr int64_t kDirectStride = 544;
 
-// z[k][row] = scale * sum over d of query[d][row] * key[k][d], for kStep keys.
+// z[k][row] = scale * sum over d of query[d][row] * key[k][d], for kStep keys. Meanwhile the keys at `next`,
+// from which the following step reads, are fetched.
+template <typename T>
 CSP_INLINE void multiply(const float* query, const float* key, int64_t stride, int64_t head_dim, float scale,
-                         float* z) {
+                         const T* next, int64_t next_stride, float* z) {
+  constexpr int64_t kLine = 64 / sizeof(T);
   vfloat sums[kStep][kVecs] = {};
   const float* rows[kStep];
   for (int k = 0; k < kStep; ++k) rows[k] = key + k * stride;
-  for (int64_t begin = 0; begin < head_dim; begin += 16) {
-    // The next step's keys are fetched a cache line at a time while this one computes.
-    for (int k = 0; k < kStep; ++k) __builtin_prefetch(rows[k] + kStep * stride + begin);
-    const int64_t end = begin + 16 < head_dim ? begin + 16 : head_dim;
+  for (int64_t begin = 0; begin < head_dim; begin += kLine) {
+    for (int k = 0; k < kStep; ++k) __builtin_prefetch(next + k * next_stride + begin);
+    const int64_t end = begin + kLine < head_dim ? begin + kLine : head_dim;
     for (int64_t d = begin; d < end; ++d) {
       for (int k = 0; k < kStep; ++k) {
         for (int v = 0; v < kVecs; ++v) sums[k][v] += load(query + d * kRows + v * kLanes) * rows[k][d];
@@ -54,22 +56,27 @@ CSP_INLINE void convert(const T* key, int64_t stride, int64_t head_dim, int64_t 
   }
 }
 
+CSP_INLINE void hide_rest(int64_t count, float* z) {
+  for (int64_t k = count * kRows; k < kBlock * kRows; k += kLanes) store(z + k, set1(-kInf));
+}
+
 // Logits of `count` <= kBlock keys, -inf for the rest of the block.
 template <typename T>
-CSP_INLINE void block_logits(const float* query, const T* key, int64_t stride, int64_t head_dim, int64_t count,
-                             float scale, float* converted, float* z) {
+[[gnu::noinline]] void block_logits(const float* query, const T* key, int64_t stride, int64_t head_dim,
+                                    int64_t count, float scale, float* converted, float* z) {
   for (int64_t k = 0; k < count; k += kStep) {
     const T* step = key + k * stride;
+    const T* next = step + kStep * stride;
     if constexpr (sizeof(T) == sizeof(float)) {
       if (k + kStep <= count && stride <= kDirectStride) {
-        multiply(query, step, stride, head_dim, scale, z + k * kRows);
+        multiply(query, step, stride, head_dim, scale, next, stride, z + k * kRows);
         continue;
       }
     }
     convert(step, stride, head_dim, count - k, converted);
-    multiply(query, converted, head_dim, head_dim, scale, z + k * kRows);
+    multiply(query, converted, head_dim, head_dim, scale, next, stride, z + k * kRows);
   }
-  for (int64_t k = count * kRows; k < kBlock * kRows; k += kLanes) store(z + k, set1(-kInf));
+  hide_rest(count, z);
 }
 
 // z becomes e^(z - top), top its maximum per row; `sum` their sum per row.

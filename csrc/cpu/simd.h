@@ -151,14 +151,17 @@ CSP_INLINE void store(Float16* p, vfloat v) {
 template <typename T>
 CSP_INLINE vfloat load_n(const T* p, int64_t count, float fill) {
   if (count >= kLanes) return load(p);
-  vfloat v = set1(fill);
-  for (int64_t i = 0; i < count; ++i) v[i] = to_float(p[i]);
-  return v;
+  T lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = from_float<T>(fill);
+  __builtin_memcpy(lanes, p, count * sizeof(T));
+  return load(lanes);
 }
 template <typename T>
 CSP_INLINE void store_n(T* p, vfloat v, int64_t count) {
   if (count >= kLanes) return store(p, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = from_float<T>(v[i]);
+  T lanes[kLanes];
+  store(lanes, v);
+  __builtin_memcpy(p, lanes, count * sizeof(T));
 }
 
 // mask lanes are all ones or all zeros, as a comparison of two vectors gives them.

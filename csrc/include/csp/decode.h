@@ -6,7 +6,7 @@
 namespace csp {
 
 // Attention of the Q newest queries over a pruned cache, n-softmax included.
-// Row (b, h) sees slots start <= s < end - Q + 1 + i for query i.
+// Row (b, h) sees slots start <= s < end - Q + 1 + i for query i; start and end are clamped to [0, C].
 struct DecodeParams {
   DType dtype = DType::kFloat32;  // of query, key, value and out; lse has accumulate_dtype(dtype)
   const void* query = nullptr;    // [B, Hq, Q, D], unit stride in D
@@ -30,6 +30,9 @@ struct DecodeParams {
   double n = 1.0;
   double scale = 1.0;
 };
+
+// Independent pieces that decode_cpu cuts the problem into, whatever the number of threads.
+int64_t decode_cpu_tasks(const DecodeParams& params);
 
 size_t decode_cpu_workspace_bytes(const DecodeParams& params, int32_t num_threads);
 

@@ -31,7 +31,9 @@ struct ScoreParams {
   bool causal = true;
 };
 
-// Scratch bytes that score_cpu needs: O(threads * 16 * L), never O(O * L) per head.
+// Scratch bytes that score_cpu needs, never O(O * L) per head: a tile of 16 * L floats per thread (none where
+// lse is given) and, where one output row is the sum of several tasks, 2 * L floats for each of at most
+// B * Hkv + 64 tasks.
 size_t score_cpu_workspace_bytes(const ScoreParams& params, int32_t num_threads);
 
 // Independent pieces that score_cpu cuts the problem into, whatever the number of threads.
