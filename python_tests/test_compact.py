@@ -38,7 +38,8 @@ sizes = st.integers(0, 3)
 
 @given(
     batch=sizes, heads=sizes, length=st.integers(0, 60), budget=st.integers(0, 80),
-    head_dim=st.integers(0, 40), value_dim=st.integers(0, 40), shared=st.booleans(), ascending=st.booleans(), dtype=dtypes, seed=seeds,
+    head_dim=st.integers(0, 40), value_dim=st.integers(0, 40),
+    shared=st.booleans(), ascending=st.booleans(), dtype=dtypes, seed=seeds,
 )  # fmt: skip
 def test_matches_the_twin(
     device, batch, heads, length, budget, head_dim, value_dim, shared, ascending, dtype, seed

@@ -80,10 +80,6 @@ size_t decode_cpu_workspace_bytes(const DecodeParams& params, int32_t num_thread
   return layout.scratch + layout.worker * static_cast<size_t>(tasks < threads ? tasks : threads);
 }
 
-int64_t decode_cpu_tasks(const DecodeParams& params) {
-  return is_empty(params) ? 0 : params.batch * params.num_kv_heads * plan_of(params).splits;
-}
-
 void decode_cpu(const DecodeParams& params, void* workspace, const Parallel& parallel) {
   if (is_empty(params)) return;
   const DecodePlan plan = plan_of(params);

@@ -36,9 +36,6 @@ int64_t decode_cpu_tasks(const DecodeParams& params);
 
 size_t decode_cpu_workspace_bytes(const DecodeParams& params, int32_t num_threads);
 
-// Independent pieces that decode_cpu cuts the problem into, whatever the number of threads.
-int64_t decode_cpu_tasks(const DecodeParams& params);
-
 void decode_cpu(const DecodeParams& params, void* workspace, const Parallel& parallel = {});
 
 }  // namespace csp
