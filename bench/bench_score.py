@@ -8,7 +8,8 @@ import torch
 from harness import flops, interleave, report
 from torch import Tensor
 
-from csp_ext import _host, score
+import csp_ext
+from csp_ext import score
 
 # batch, query heads, KV heads, window O, keys L, head_dim
 SHAPES = {
