@@ -22,8 +22,8 @@ void check_cache(const char* name, const Tensor& t, const Tensor& query, const T
 }
 
 void set_start(DecodeParams& params, const Tensor& start, const Tensor& query) {
-  CSP_CHECK(start.dim() == 1 || start.dim() == 2, op, "start must be [B] or [B, Hkv], got ", start.dim(), "-D ",
-            shape_of(start));
+  CSP_CHECK(start.dim() == 1 || start.dim() == 2, op, "start must be [B] or [B, Hkv], got ", start.dim(),
+            "-D ", shape_of(start));
   check_dtype(op, "start", start, ScalarType::Int);
   check_device(op, "start", start, query, "query");
   check_size(op, "start", start, 0, params.batch, "batch size");
@@ -48,8 +48,8 @@ DecodeParams params_of(const Tensor& query, const Tensor& key, const Tensor& val
   params.dtype = floating_dtype(op, "query", query);
   CSP_CHECK(query.size(2) >= 1 && query.size(2) <= kMaxQueries, op, "query must hold 1 to ", kMaxQueries,
             " new queries per row, got Q = ", query.size(2));
-  CSP_CHECK(query.size(3) >= 1 && query.size(3) <= kMaxHeadDim, op, "query must have a head_dim between 1 and ",
-            kMaxHeadDim, ", got ", query.size(3));
+  CSP_CHECK(query.size(3) >= 1 && query.size(3) <= kMaxHeadDim, op,
+            "query must have a head_dim between 1 and ", kMaxHeadDim, ", got ", query.size(3));
   check_unit_stride(op, "query", query);
   check_cache("key", key, query, key);
   check_cache("value", value, query, key);
@@ -80,8 +80,8 @@ DecodeParams params_of(const Tensor& query, const Tensor& key, const Tensor& val
 void check_range(const DecodeParams& params) {
   const int64_t capacity = params.capacity;
   if (params.end != nullptr) {
-    CSP_CHECK(*params.end >= 0 && *params.end <= capacity, op, "end must be between 0 and the capacity ", capacity,
-              ", got ", *params.end);
+    CSP_CHECK(*params.end >= 0 && *params.end <= capacity, op, "end must be between 0 and the capacity ",
+              capacity, ", got ", *params.end);
   }
   if (params.start == nullptr) return;
   for (int64_t b = 0; b < params.batch; ++b) {
@@ -94,12 +94,12 @@ void check_range(const DecodeParams& params) {
 }
 
 std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key, const Tensor& value,
-                                  const std::optional<Tensor>& start, const std::optional<Tensor>& end, double n,
-                                  std::optional<double> scale) {
+                                  const std::optional<Tensor>& start, const std::optional<Tensor>& end,
+                                  double n, std::optional<double> scale) {
   DecodeParams params = params_of(query, key, value, start, end, n, scale);
   check_range(params);
-  Tensor out = empty(query, {params.batch, params.num_heads, params.queries, params.head_dim},
-                     query.scalar_type());
+  Tensor out =
+      empty(query, {params.batch, params.num_heads, params.queries, params.head_dim}, query.scalar_type());
   Tensor lse = empty(query, {params.batch, params.num_heads, params.queries},
                      scalar_type_of(accumulate_dtype(params.dtype)));
   params.out = out.mutable_data_ptr();
