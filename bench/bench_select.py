@@ -1,4 +1,4 @@
-"""select against eager torch: the same rule with all ties, and a plain double argsort that leaves ties to chance.
+"""select against eager torch: the same rule with all ties, and a plain argsort that leaves ties to chance.
 
     python bench/bench_select.py [--json] [--quick]
 
@@ -8,6 +8,7 @@ The bound is the time to read both score lists once at the read bandwidth measur
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from harness import interleave, read_bandwidth, report
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import csp_ext
 
+Scores = tuple[Tensor, Tensor]
 SHAPES = {"LLaVA-7B": (1, 32, 4096, 64, 820), "GQA": (1, 4, 8192, 64, 1640), "shared": (1, 1, 4096, 64, 820)}
 
 
@@ -35,12 +37,13 @@ def ranks_of(values: Tensor, valid: Tensor, tie: Tensor | None) -> Tensor:
 
 
 def eager(
-    self: Tensor, cross: Tensor, modality: Tensor, queries: Tensor, *, budget: int, combine: str, pool: str, ties: bool
+    scores: Scores, modality: Tensor, queries: Tensor, *, budget: int, combine: str, pool: str, ties: bool
 ) -> Tensor:
     """`select` of one unpadded row [1, H, L] at rho = 0.5 by torch's own ops; recent is the window."""
     window, keys = queries.shape[1], modality.shape[1]
     count, k = keys - window, budget - window
-    own, other, kinds = self[0, :, :count], cross[0, :, :count], modality[0, :count]
+    own, other = (score[0, :, :count] for score in scores)
+    kinds = modality[0, :count]
     same = queries[0][:, None] == kinds[None, :]
     valid_self, valid_cross = same.any(0), (~same).any(0)
     tie = own + other if ties else None
@@ -50,9 +53,9 @@ def eager(
         own, other = own * valid_self, other * valid_cross
         key = own / own.sum(-1, keepdim=True) + other / other.sum(-1, keepdim=True)
     else:
-        far = 2 * count + 1
-        key_self = ranks_of(own, valid_self, tie).masked_fill(~valid_self, far if combine == "union" else 0)
-        key_cross = ranks_of(other, valid_cross, tie).masked_fill(~valid_cross, far if combine == "union" else 0)
+        missing = 2 * count + 1 if combine == "union" else 0
+        key_self = ranks_of(own, valid_self, tie).masked_fill(~valid_self, missing)
+        key_cross = ranks_of(other, valid_cross, tie).masked_fill(~valid_cross, missing)
         key = -(torch.minimum if combine == "union" else torch.maximum)(key_self, key_cross)
     chosen = order_of(key, tie)[:, :k] if ties else key.topk(k, dim=-1).indices
     recent = torch.arange(count, keys).expand(own.shape[0], -1)
@@ -76,40 +79,44 @@ def prompt(keys: int) -> Tensor:
     return modality
 
 
+def sides_of(
+    scores: Scores, modality: Tensor, queries: Tensor, budget: int, combine: str, pool: str
+) -> dict[str, Callable[[], Tensor]]:
+    """Our side and both peers; the peer with ties must agree where rounding cannot flip a key."""
+    options = {"budget": budget, "combine": combine, "pool": pool}
+    sides = {
+        "csp": lambda: csp_ext.select(*scores, modality, queries, **options)[0],
+        "ties": lambda: eager(scores, modality, queries, **options, ties=True),
+        "no ties": lambda: eager(scores, modality, queries, **options, ties=False),
+    }
+    if combine != "calibrated" and not torch.equal(sides["csp"](), sides["ties"]()):
+        raise SystemExit(f"select and its eager peer disagree: {options}")
+    return sides
+
+
 def main() -> None:
-    quick = "--quick" in sys.argv
+    repeats = 3 if "--quick" in sys.argv else 25
     bandwidth = read_bandwidth()
     torch.manual_seed(0)
     rows: list[dict[str, object]] = []
     for name, (batch, heads, keys, window, budget) in SHAPES.items():
         modality = prompt(keys)
         queries = modality[:, -window:].clone()
-        queries[:, : window // 2] = 1  # both lists valid everywhere
-        # column sums of softmax rows: log-normal
-        self, cross = (torch.randn(batch, heads, keys).mul(1.5).exp() / keys for _ in range(2))
+        queries[:, : window // 2] = 1  # both lists are valid everywhere
+        # log-normal, like column sums of softmax rows
+        own, other = torch.randn(2, batch, heads, keys).mul(1.5).exp() / keys
         for combine in ("intersection", "union", "calibrated"):
             for pool in ("none", "max"):
-                sides = {
-                    "csp": lambda c=combine, p=pool: csp_ext.select(
-                        self, cross, modality, queries, budget=budget, combine=c, pool=p
-                    )[0]
-                }
-                for ties in (True, False):
-                    sides[f"eager {ties}"] = lambda c=combine, p=pool, t=ties: eager(
-                        self, cross, modality, queries, budget=budget, combine=c, pool=p, ties=t
-                    )
-                assert torch.equal(sides["csp"](), sides["eager True"]()) or combine == "calibrated"
-                times = interleave(sides, repeats=3 if quick else 25)
-                median = times["csp"].median
-                bound = 2 * self.numel() * 4 / bandwidth
+                sides = sides_of((own, other), modality, queries, budget, combine, pool)
+                times = {side: timing.median for side, timing in interleave(sides, repeats).items()}
                 rows.append(
                     {
                         "case": f"{name} H={heads} L={keys} T={budget} {combine} pool={pool}",
-                        "csp ms": median * 1e3,
-                        "us / row": median * 1e6 / (batch * heads),
-                        "eager, ties": times["eager True"].median / median,
-                        "eager, no ties": times["eager False"].median / median,
-                        "read bound ms": bound * 1e3,
+                        "csp ms": times["csp"] * 1e3,
+                        "us / row": times["csp"] * 1e6 / (batch * heads),
+                        "eager, ties": times["ties"] / times["csp"],
+                        "eager, no ties": times["no ties"] / times["csp"],
+                        "read bound ms": 2 * own.numel() * 4 / bandwidth * 1e3,
                     }
                 )
     report("select: eager time / csp time", rows, "--json" in sys.argv)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from csp_ext._library import CudaStatus, cuda_status  # first: it loads the ops, or says what is missing
-from csp_ext._host import __version__, build_info, cpu_capability
+from csp_ext._library import CudaStatus, cuda_status  # isort: skip  (it loads the ops, or says what is missing)
+from csp_ext._host import __version__, build_info, cpu_capability, plan
 from csp_ext.config import CSPConfig
 from csp_ext.ops import (
     compact,
     decode,
     dual_top_k,
     n_softmax,
+    prune,
     score,
     segmented_column_sum,
     select,
@@ -37,6 +38,8 @@ __all__ = [
     "dual_top_k",
     "get_include",
     "n_softmax",
+    "plan",
+    "prune",
     "score",
     "segmented_column_sum",
     "select",

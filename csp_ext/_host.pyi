@@ -1,4 +1,4 @@
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 __version__: str
 
@@ -11,5 +11,13 @@ class BuildInfo(TypedDict):
     cuda_compiler: str
     cuda_architectures: str
 
+class Plan(TypedDict):
+    workspace_bytes: int
+    bytes_read: int
+    bytes_written: int
+    flops: int
+    tasks: int
+
 def build_info() -> BuildInfo: ...
 def cpu_capability() -> str: ...
+def plan(op: Literal["score", "select", "compact", "decode", "prune"], **shape: int | str | bool) -> Plan: ...

@@ -8,6 +8,16 @@ from pathlib import Path
 
 import torch
 
+_NOT_BUILT = (
+    "csp_ext was imported from a folder without its compiled libraries; "
+    "install it (pip install .) and import it from outside the source folder"
+)
+try:
+    # An editable install rebuilds when it meets a compiled module, so this comes before any library is loaded.
+    from csp_ext import _host  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(_NOT_BUILT) from error
+
 
 @dataclass(frozen=True)
 class CudaStatus:
@@ -43,10 +53,7 @@ def find_library(name: str) -> Path | None:
 def _load_cpu() -> Path:
     path = find_library("libcsp_ops_cpu.so")
     if path is None:
-        raise ImportError(
-            "csp_ext was imported from a folder without its compiled library libcsp_ops_cpu.so; "
-            "install it (pip install .) and import it from outside the source folder"
-        )
+        raise ImportError(_NOT_BUILT)
     torch.ops.load_library(str(path))
     return path
 

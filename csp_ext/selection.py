@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from csp_ext import ops, reference
 from csp_ext.config import CSPConfig, ResolvedConfig
+from csp_ext.dispatch import implementation_for
 
 QUESTION_MOST = 64  # longest window of the "question" rule
 QUESTION_FALLBACK = 8  # its window where an image ends the row
@@ -68,7 +66,7 @@ def select_tokens(
     window = query_modality.shape[1]
     if window > query.shape[2]:
         raise ValueError(f"query must hold the last {window} positions, got {query.shape[2]}")
-    impl = _implementation(key)
+    impl = implementation_for(key)
     scores = impl.score(
         query[:, :, query.shape[2] - window :],
         key,
@@ -139,11 +137,6 @@ def _observing(modality: Tensor, window: int | str) -> Tensor:
     ends_in_image = ~(real & after_image).any(dim=1, keepdim=True)
     limit = torch.where(ends_in_image, QUESTION_FALLBACK, QUESTION_MOST)
     return real & (after_image | ends_in_image) & (from_end <= limit)
-
-
-def _implementation(key: Tensor) -> ModuleType:
-    # CUDA has no float64 kernels
-    return reference if key.is_cuda and key.dtype == torch.float64 else ops
 
 
 def _leave_short_rows(

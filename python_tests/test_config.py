@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csp_ext import ops, reference, selection
+from csp_ext import dispatch, ops, reference
 from csp_ext.config import CSPConfig
 from csp_ext.selection import select_tokens, window_modality, window_span
 
@@ -25,7 +25,7 @@ def modality_of(*rows):
 def impl(request, monkeypatch):
     """The twins or the compiled ops behind select_tokens."""
     module = {"reference": reference, "ops": ops}[request.param]
-    monkeypatch.setattr(selection, "ops", module)
+    monkeypatch.setattr(dispatch, "ops", module)
     return module
 
 

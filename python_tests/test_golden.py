@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden import CASES, GOLDEN, PROPOSAL_CASES, load, needs_golden, parse_tag
 
-from csp_ext import ops, reference, selection
+from csp_ext import dispatch, ops, reference, selection
 from csp_ext.config import CSPConfig
 
 pytestmark = needs_golden
@@ -20,7 +20,7 @@ RHOS = ["0.1", "0.5", "0.9"]
 def impl(request, monkeypatch):
     """The twins or the compiled ops, also behind select_tokens."""
     module = {"reference": reference, "ops": ops}[request.param]
-    monkeypatch.setattr(selection, "ops", module)
+    monkeypatch.setattr(dispatch, "ops", module)
     return module
 
 

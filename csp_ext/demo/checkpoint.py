@@ -9,37 +9,23 @@ import torch
 
 from csp_ext.demo.console import UserError, first_line
 
-NEEDED = ("score", "select", "compact")  # what pruning a layer takes
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
-def why_no_gpu() -> str:
-    """Return why a model cannot be pruned on a GPU here; empty where it can."""
-    import csp_ext
-
-    status = csp_ext.cuda_status()
-    if not status.loaded:
-        return status.reason
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    absent = [op for op in NEEDED if not torch._C._dispatch_has_kernel_for_dispatch_key(f"csp::{op}", "CUDA")]
-    return f"this build has no CUDA kernels for {', '.join(absent)}" if absent else ""
-
-
 def device_of(name: str) -> torch.device:
-    """Return the device of a name; "auto" is the GPU where pruning works on one."""
+    """Return the device of a name; "auto" is the GPU where the pruning kernels run on one."""
+    from csp_ext.dispatch import missing_kernels
+
     if name == "auto":
-        return torch.device("cpu" if why_no_gpu() else "cuda")
+        return torch.device("cuda" if torch.cuda.is_available() and not missing_kernels("cuda") else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (reason := why_no_gpu()):
-        raise UserError(f"device {name}: {reason}")
-    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise UserError(f"device {name}: this machine has {torch.cuda.device_count()} GPUs")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name}: this machine has {torch.cuda.device_count()} GPUs for torch")
     return device
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csp_ext import ops, reference
 from csp_ext.config import CSPConfig, ResolvedConfig
+from csp_ext.dispatch import implementation_for
 from csp_ext.integration.cache import PrunedLayer, visibility_bias
 from csp_ext.integration.modality import PADDING, modality_of_ids
 from csp_ext.integration.stats import LayerStats, PruneStats
@@ -190,9 +190,7 @@ class Plan:
                 visible = torch.cat([kept.sum(-1, keepdim=True) < real, kept], dim=-1)
                 slots = torch.nn.functional.pad(indices, (1, 0), value=PADDING)
             bias = None if self.plain else visibility_bias(visible, n, query.shape[1], query.dtype)
-            # CUDA has no float64 kernels.
-            impl = reference if keys.is_cuda and keys.dtype == torch.float64 else ops
-            key, value = impl.compact(keys, values, slots)
+            key, value = implementation_for(keys).compact(keys, values, slots)
             layer.replace_prompt(key, value, self.length, bias)
             after = key.nbytes + value.nbytes
         layer.plan = layer.queries = None

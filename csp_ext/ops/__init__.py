@@ -4,8 +4,9 @@ from csp_ext.ops.compact import compact
 from csp_ext.ops.decode import decode
 from csp_ext.ops.dual_top_k import dual_top_k
 from csp_ext.ops.n_softmax import n_softmax
+from csp_ext.ops.prune import prune
 from csp_ext.ops.score import score
 from csp_ext.ops.segmented_column_sum import segmented_column_sum
 from csp_ext.ops.select import select
 
-__all__ = ["compact", "decode", "dual_top_k", "n_softmax", "score", "segmented_column_sum", "select"]
+__all__ = ["compact", "decode", "dual_top_k", "n_softmax", "prune", "score", "segmented_column_sum", "select"]

@@ -51,7 +51,7 @@ def select(
         max(r^s / (1 - rho), r^c / rho), "union" the smallest min; "calibrated" the largest
         (1 - rho) S / sum(S) + rho C / sum(C). A list that a key is not valid in does not count.
     k_self, k_cross : int, optional
-        Both or neither. Given, the literal top-k masks of Eq. 2 are combined, and a row may hold fewer than T.
+        Both or neither. Given, the literal top-k masks of Eq. 2 are combined; a row may hold fewer than T.
     pool : {"none", "max", "avg"}
         Smooths each list over the candidates inside runs of equal modality before it is ranked.
     pool_kernel : int

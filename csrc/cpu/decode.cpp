@@ -89,7 +89,7 @@ void decode_cpu(const DecodeParams& params, void* workspace, const Parallel& par
   auto* const done = reinterpret_cast<std::atomic<int32_t>*>(base + layout.done);
   for (int64_t head = 0; head < heads; ++head) new (done + head) std::atomic<int32_t>(0);
 
-  for_each_task(parallel, heads * plan.splits, [&](int64_t task, int32_t worker) {
+  for_each_task(parallel, decode_cpu_tasks(params), [&](int64_t task, int32_t worker) {
     const int64_t head = task / plan.splits;
     const DecodeRange range = range_of(params, head / params.num_kv_heads, head % params.num_kv_heads);
     CSP_CALL_KERNEL(decode_split, params, plan, task, range,

@@ -62,37 +62,31 @@ Entry<Real>* radix_sort(Entry<Real>* entries, Entry<Real>* other, int64_t count)
   return entries;
 }
 
-// Stable, ascending by key, then descending by tie[index].
+// Stable, ascending by key, in place.
 template <typename Real>
-void insertion_sort(Entry<Real>* entries, int64_t count, const Real* tie) {
+void insertion_sort(Entry<Real>* entries, int64_t count) {
   for (int64_t i = 1; i < count; ++i) {
     const Entry<Real> entry = entries[i];
     int64_t j = i;
-    for (; j > 0; --j) {
-      const Entry<Real>& left = entries[j - 1];
-      if (left.key < entry.key) break;
-      if (left.key == entry.key && (!tie || descending(tie[left.index]) <= descending(tie[entry.index]))) {
-        break;
-      }
-      entries[j] = left;
-    }
+    for (; j > 0 && entries[j - 1].key > entry.key; --j) entries[j] = entries[j - 1];
     entries[j] = entry;
   }
 }
 
-// Puts every run of equal keys that begins among the first `want` in the order of `tie`.
+// Puts every run of equal keys that begins among the first `want` in the order of `tie`; their keys are lost.
 template <typename Real>
 void break_ties(Entry<Real>* entries, Entry<Real>* other, int64_t count, int64_t want, const Real* tie) {
   for (int64_t begin = 0, end; begin < count && begin < want; begin = end) {
+    const auto key = entries[begin].key;
     end = begin + 1;
-    while (end < count && entries[end].key == entries[begin].key) ++end;
+    while (end < count && entries[end].key == key) ++end;
     const int64_t size = end - begin;
     if (size == 1) continue;
+    for (int64_t i = begin; i < end; ++i) entries[i].key = descending(tie[entries[i].index]);
     if (size <= kInsertion) {
-      insertion_sort(entries + begin, size, tie);
+      insertion_sort(entries + begin, size);
       continue;
     }
-    for (int64_t i = begin; i < end; ++i) entries[i].key = descending(tie[entries[i].index]);
     const Entry<Real>* sorted = radix_sort(entries + begin, other, size);
     if (sorted != entries + begin) __builtin_memcpy(entries + begin, sorted, size * sizeof(Entry<Real>));
   }
@@ -129,18 +123,16 @@ int64_t rank_best(const T* values, const Real* tie, int64_t n, int64_t want, Ent
     leading[key >> kShift] += take;
     count += take;
   }
-  if (want < count) {
-    count = keep_best<Real>(entries, count, want, leading);
-  }
+  if (want < count) count = keep_best(entries, count, want, leading);
+  Entry<Real>* sorted = entries;
   if (count <= kInsertion) {
-    insertion_sort(entries, count, tie);
+    insertion_sort(entries, count);
   } else {
-    Entry<Real>* const sorted = radix_sort(entries, other, count);
-    if (tie) break_ties(sorted, sorted == entries ? other : entries, count, want, tie);
-    entries = sorted;
+    sorted = radix_sort(entries, other, count);
   }
+  if (tie) break_ties(sorted, sorted == entries ? other : entries, count, want, tie);
   const int64_t best = count < want ? count : want;
-  for (int64_t i = 0; i < best; ++i) order[i] = static_cast<int32_t>(entries[i].index);
+  for (int64_t i = 0; i < best; ++i) order[i] = static_cast<int32_t>(sorted[i].index);
   return best;
 }
 

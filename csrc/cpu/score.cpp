@@ -28,7 +28,7 @@ ScorePlan plan_of(const ScoreParams& p) {
   plan.partials = p.heads == Heads::kShared ? p.num_kv_heads * plan.chunks : plan.chunks;
   plan.padded_keys = ceil_div(p.keys, kScoreBlock) * kScoreBlock;
   plan.mean = 1.0 / static_cast<double>(p.heads == Heads::kShared ? p.num_heads : plan.group);
-  plan.bf16_dot = p.dtype == DType::kBFloat16 && p.head_dim % 2 == 0 && cpu_has_bf16_dot();
+  plan.bf16_dot = p.dtype == DType::kBFloat16 && p.head_dim > 0 && p.head_dim % 2 == 0 && cpu_has_bf16_dot();
   return plan;
 }
 
@@ -82,6 +82,10 @@ size_t score_cpu_workspace_bytes(const ScoreParams& params, int32_t num_threads)
   const ScorePlan plan = plan_of(params);
   const size_t partials = plan.partials > 1 ? plan.tasks * partial_bytes(params) : 0;
   return workers_of(plan, num_threads) * scratch_bytes(params, plan) + cache_lines(partials);
+}
+
+int64_t score_cpu_tasks(const ScoreParams& params) {
+  return is_empty(params) ? 0 : plan_of(params).tasks;
 }
 
 void score_cpu(const ScoreParams& params, void* workspace, const Parallel& parallel) {

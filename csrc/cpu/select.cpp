@@ -43,8 +43,12 @@ int64_t tasks_per_row(const SelectParams& params) {
 
 }  // namespace
 
+int64_t select_cpu_tasks(const SelectParams& params) {
+  return params.batch * tasks_per_row(params);
+}
+
 size_t select_cpu_workspace_bytes(const SelectParams& params, int32_t num_threads) {
-  const int64_t tasks = params.batch * tasks_per_row(params);
+  const int64_t tasks = select_cpu_tasks(params);
   const int64_t workers = tasks < num_threads ? tasks : num_threads;
   return static_cast<size_t>(workers < 1 ? 1 : workers) * cut(params, nullptr, nullptr);
 }
@@ -53,7 +57,7 @@ void select_cpu(const SelectParams& params, void* workspace, const Parallel& par
   const int64_t step = heads_per_task(params);
   const int64_t row_tasks = tasks_per_row(params);
   const size_t worker_bytes = cut(params, nullptr, nullptr);
-  for_each_task(parallel, params.batch * row_tasks, [&](int64_t task, int32_t worker) {
+  for_each_task(parallel, select_cpu_tasks(params), [&](int64_t task, int32_t worker) {
     SelectScratch scratch;
     cut(params, static_cast<char*>(workspace) + worker * worker_bytes, &scratch);
     const int64_t begin = task % row_tasks * step;

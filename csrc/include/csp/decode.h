@@ -35,6 +35,7 @@ struct DecodeParams {
 int64_t decode_cpu_tasks(const DecodeParams& params);
 
 size_t decode_cpu_workspace_bytes(const DecodeParams& params, int32_t num_threads);
+
 void decode_cpu(const DecodeParams& params, void* workspace, const Parallel& parallel = {});
 
 }  // namespace csp

@@ -36,6 +36,9 @@ struct ScoreParams {
 // B * Hkv + 64 tasks.
 size_t score_cpu_workspace_bytes(const ScoreParams& params, int32_t num_threads);
 
+// Independent pieces that score_cpu cuts the problem into, whatever the number of threads.
+int64_t score_cpu_tasks(const ScoreParams& params);
+
 // `workspace` holds score_cpu_workspace_bytes(params, parallel.num_threads) bytes, 64-byte aligned.
 void score_cpu(const ScoreParams& params, void* workspace, const Parallel& parallel = {});
 

@@ -31,6 +31,10 @@ struct SelectParams {
 };
 
 size_t select_cpu_workspace_bytes(const SelectParams& params, int32_t num_threads);
+
+// Independent pieces that select_cpu cuts the problem into, whatever the number of threads.
+int64_t select_cpu_tasks(const SelectParams& params);
+
 void select_cpu(const SelectParams& params, void* workspace, const Parallel& parallel = {});
 
 }  // namespace csp

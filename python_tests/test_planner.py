@@ -1,0 +1,211 @@
+"""The planner: its numbers against what the ops really allocate, read and write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numeric import dtypes
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import csp_ext
+
+Case = tuple[dict[str, object], dict[str, Tensor], Callable[[], tuple[Tensor, ...]]]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def allocations(call: Callable[[], object]) -> list[int]:
+    """Return the bytes of each tensor that the op allocates by itself, in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    return [event.cpu_memory_usage for event in recorded.events() if event.name == "aten::empty"]
+
+
+def cache(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(batch, heads, length, dim).to(dtype)
+
+
+def score_case(dtype, batch, kv_heads, group, window, keys, dim, budget, shared, pool) -> Case:
+    query, key = cache(batch, kv_heads * group, window, dim, dtype), cache(batch, kv_heads, keys, dim, dtype)
+    modality, heads = torch.zeros(batch, keys, dtype=torch.int8), "shared" if shared else "kv"
+    shape = {
+        "batch": batch, "num_heads": kv_heads * group, "num_kv_heads": kv_heads, "window": window,
+        "keys": keys, "head_dim": dim, "heads": heads, "dtype": name_of(dtype),
+    }  # fmt: skip
+    inputs = {
+        "query": query,
+        "key": key,
+        "modality": modality,
+        "query_modality": modality[:, :window].clone(),
+    }
+    return shape, inputs, lambda: csp_ext.score(**inputs, heads=heads)
+
+
+def select_case(dtype, batch, kv_heads, group, window, keys, dim, budget, shared, pool) -> Case:
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    scores = {
+        "self": torch.rand(batch, kv_heads, keys).to(real),
+        "cross": torch.rand(batch, kv_heads, keys).to(real),
+    }
+    modality = torch.zeros(batch, keys, dtype=torch.int8)
+    inputs = {**scores, "modality": modality, "query_modality": modality[:, :window].clone()}
+    shape = {
+        "batch": batch, "score_heads": kv_heads, "keys": keys, "window": window, "budget": budget,
+        "pool": pool, "dtype": name_of(real),
+    }  # fmt: skip
+    return shape, inputs, lambda: csp_ext.select(**inputs, budget=budget, recent=0, pool=pool)
+
+
+def compact_case(dtype, batch, kv_heads, group, window, keys, dim, budget, shared, pool) -> Case:
+    heads = 1 if shared else kv_heads
+    indices = torch.zeros(batch, heads, budget, dtype=torch.int32)
+    key, value = cache(batch, kv_heads, keys, dim, dtype), cache(batch, kv_heads, keys, dim + 1, dtype)
+    shape = {
+        "batch": batch, "num_kv_heads": kv_heads, "score_heads": heads, "keys": keys, "budget": budget,
+        "head_dim": dim, "value_dim": dim + 1, "dtype": name_of(dtype),
+    }  # fmt: skip
+    # only the rows that are kept are read
+    inputs = {
+        "key": key[:, :, :1].expand(-1, -1, budget, -1),
+        "value": value[:, :, :1].expand(-1, -1, budget, -1),
+    }
+    return shape, {**inputs, "indices": indices}, lambda: csp_ext.compact(key, value, indices)
+
+
+def decode_case(dtype, batch, kv_heads, group, window, keys, dim, budget, shared, pool) -> Case:
+    queries = min(window, 8)
+    inputs = {
+        "query": cache(batch, kv_heads * group, queries, dim, dtype),
+        "key": cache(batch, kv_heads, keys, dim, dtype),
+        "value": cache(batch, kv_heads, keys, dim, dtype),
+    }
+    shape = {
+        "batch": batch, "num_heads": kv_heads * group, "num_kv_heads": kv_heads, "queries": queries,
+        "capacity": keys, "head_dim": dim, "dtype": name_of(dtype),
+    }  # fmt: skip
+    return shape, inputs, lambda: csp_ext.decode(**inputs)
+
+
+CASES = {"score": score_case, "select": select_case, "compact": compact_case, "decode": decode_case}
+
+
+@pytest.mark.parametrize("op", CASES)
+@settings(max_examples=15)
+@given(
+    dtype=dtypes, batch=st.integers(1, 3), kv_heads=st.integers(1, 20), group=st.integers(1, 3),
+    window=st.integers(1, 20), keys=st.integers(20, 700), dim=st.integers(1, 20), budget=st.integers(1, 30),
+    shared=st.booleans(), pool=st.sampled_from(["none", "max"]),
+)  # fmt: skip
+def test_the_plan_is_what_happens(op, **sizes):
+    shape, inputs, call = CASES[op](**sizes)
+    plan = csp_ext.plan(op, **shape, num_threads=torch.get_num_threads())
+    outputs = call()
+    assert plan["bytes_read"] == sum(t.numel() * t.element_size() for t in inputs.values())
+    assert plan["bytes_written"] == sum(t.numel() * t.element_size() for t in outputs)
+    results = [t.numel() * t.element_size() for t in outputs]
+    scratch = allocations(call)
+    for size in results:
+        scratch.remove(size)
+    assert plan["workspace_bytes"] == sum(scratch)
+
+
+@pytest.mark.parametrize("heads", ["kv", "shared"])
+def test_prune_is_the_sum_of_its_parts_but_shares_their_scratch(heads):
+    key, query = torch.randn(2, 4, 900, 16), torch.randn(2, 8, 32, 16)
+    modality, threads = torch.zeros(2, 900, dtype=torch.int8), torch.get_num_threads()
+    sizes = {"batch": 2, "window": 32, "keys": 900, "num_threads": threads}
+    score_shape = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 16, "heads": heads}
+    score_heads = 4 if heads == "kv" else 1
+    score = csp_ext.plan("score", **sizes, **score_shape)
+    select = csp_ext.plan("select", **sizes, score_heads=score_heads, budget=100, pool="avg")
+    compact = csp_ext.plan(
+        "compact", batch=2, num_kv_heads=4, score_heads=score_heads, keys=900, budget=100, head_dim=16
+    )
+    prune = csp_ext.plan("prune", **sizes, **score_shape, budget=100, pool="avg")
+    for what in ("bytes_read", "bytes_written", "flops", "tasks"):
+        assert prune[what] == score[what] + select[what] + compact[what]
+    lists = 2 * math.ceil(2 * score_heads * 900 * 4 / 64) * 64
+    assert prune["workspace_bytes"] == lists + max(score["workspace_bytes"], select["workspace_bytes"])
+    sizes_taken = allocations(
+        lambda: csp_ext.prune(query, key, key, modality, budget=100, heads=heads, pool="avg")
+    )
+    assert prune["workspace_bytes"] in sizes_taken
+
+
+def test_flops_are_those_of_the_matrix_products():
+    sizes = {"batch": 2, "num_heads": 6, "num_kv_heads": 3, "head_dim": 5}
+    assert csp_ext.plan("score", **sizes, window=7, keys=11)["flops"] == 2 * 2 * 6 * 7 * 11 * 5
+    assert csp_ext.plan("decode", **sizes, queries=3, capacity=11)["flops"] == 4 * 2 * 6 * 3 * 11 * 5
+    assert csp_ext.plan("compact", batch=1, num_kv_heads=3, keys=9, budget=4, head_dim=8)["flops"] == 0
+
+
+def test_scores_need_no_attention_matrix():
+    sizes = {"batch": 1, "num_heads": 32, "num_kv_heads": 32, "head_dim": 128, "keys": 4096, "num_threads": 2}
+    small, large = (csp_ext.plan("score", **sizes, window=w)["workspace_bytes"] for w in (64, 1024))
+    matrix = 1024 * 4096 * 4
+    assert large < matrix / 4
+    assert large < 1.1 * small
+
+
+def test_tasks_and_bytes_do_not_depend_on_threads():
+    sizes = {
+        "batch": 1,
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "window": 64,
+        "keys": 4096,
+        "head_dim": 64,
+        "budget": 500,
+    }
+    one, many = (csp_ext.plan("prune", **sizes, num_threads=n) for n in (1, 96))
+    assert one["workspace_bytes"] < many["workspace_bytes"]
+    assert all(one[what] == many[what] for what in ("tasks", "bytes_read", "bytes_written", "flops"))
+
+
+@pytest.mark.parametrize("op", ["score", "prune", "decode"])
+def test_empty_problems_need_nothing(op):
+    shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "batch": 0}
+    sizes = {"capacity": 9} if op == "decode" else {"window": 3, "keys": 9}
+    plan = csp_ext.plan(op, **shape, **sizes, **({"budget": 5} if op == "prune" else {}))
+    assert plan["bytes_read"] == plan["bytes_written"] == plan["flops"] == plan["tasks"] == 0
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "error", "match"),
+    [
+        ("n_softmax", {}, ValueError, "op must be score, select, compact, decode or prune, got n_softmax"),
+        ("compact", {"budget": None}, ValueError, "compact needs the size budget"),
+        ("compact", {"keys": -1}, ValueError, "keys must be between 0 and 2147483647, got -1"),
+        ("compact", {"keys": 2**31}, ValueError, "keys must be between 0 and 2147483647, got 2147483648"),
+        ("compact", {"keys": 2**80}, TypeError, "keys has the wrong type"),
+        ("compact", {"keys": "many"}, TypeError, "keys has the wrong type"),
+        (
+            "compact",
+            {"dtype": "int8"},
+            ValueError,
+            "dtype must be one of float32, float16, bfloat16, float64, got int8",
+        ),
+        ("compact", {"window": 3}, ValueError, "compact has no size or option window"),
+        ("compact", {"budget": 2**31 - 1, "head_dim": 2**31 - 1}, ValueError, "multiply to more than"),
+        ("score", {"num_heads": 5}, ValueError, "num_heads must be a multiple of num_kv_heads = 2, got 5"),
+        ("score", {"heads": "all"}, ValueError, "heads must be one of kv, shared, got all"),
+        ("select", {"pool": "sum"}, ValueError, "pool must be one of none, max, avg, got sum"),
+    ],
+)
+def test_bad_input(op, changes, error, match):
+    shapes = {
+        "compact": {"batch": 1, "num_kv_heads": 2, "keys": 9, "budget": 4, "head_dim": 8},
+        "score": {"batch": 1, "num_heads": 4, "num_kv_heads": 2, "window": 3, "keys": 9, "head_dim": 8},
+        "select": {"batch": 1, "score_heads": 2, "keys": 9, "window": 3, "budget": 4},
+    }
+    shape = {**shapes.get(op, {}), **changes}
+    with pytest.raises(error, match=match):
+        csp_ext.plan(op, **{name: value for name, value in shape.items() if value is not None})
