@@ -1,6 +1,6 @@
 """Runs every benchmark, prints its table as Markdown and keeps the numbers in bench/results/<name>.json.
 
-    python bench/run_all.py [--quick] [--name cpu-2026-11-21]
+python bench/run_all.py [--quick] [--name cpu-2026-11-21]
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def main(
         print(markdown(results[-1]))
     if quick:
         return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+    )
     day = datetime.date.today().isoformat()
     kept = {"date": day, "commit": commit.stdout.strip(), "cpu": cpu_model(), "benchmarks": results}
     target = HERE / "results" / f"{name or 'cpu-' + day}.json"
