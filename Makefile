@@ -58,7 +58,7 @@ wheel: $(VENV)/.torch
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 
 bench: $(VENV)/.dev
-	@for file in bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
+	$(BIN)/python bench/run_all.py
 
 print-torch:
 	@echo "$(TORCH)"

@@ -20,7 +20,9 @@ def eager(attn: Tensor, query_modality: Tensor, key_modality: Tensor) -> tuple[T
     )
 
 
-def row(case: str, heads: int, window: int, length: int, dtype: torch.dtype, repeats: int) -> dict[str, object]:
+def row(
+    case: str, heads: int, window: int, length: int, dtype: torch.dtype, repeats: int
+) -> dict[str, object]:
     """Measure one problem."""
     attn = torch.rand(1, heads, window, length).to(dtype)
     keys = (torch.arange(length) % 640 < 576).to(torch.int8)[None]
@@ -54,7 +56,10 @@ def main() -> None:
     repeats = 5 if options.quick else 21
     rows = [
         row(case, heads, window, length, dtype, repeats)
-        for case, heads, window, length in [("LLaVA-1.5-7B", 32, 64, 4096), ("H2O, every query", 4, 2048, 2048)]
+        for case, heads, window, length in [
+            ("LLaVA-1.5-7B", 32, 64, 4096),
+            ("H2O, every query", 4, 2048, 2048),
+        ]
         for dtype in (torch.float32, torch.bfloat16)
     ]
     report("segmented_column_sum, B=1", rows, options.json)

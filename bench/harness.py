@@ -27,7 +27,7 @@ class Timing:
 def interleave(sides: dict[str, Callable[[], object]], repeats: int = 15) -> dict[str, Timing]:
     """Time every side in turn, round after round, so that a noisy neighbour hits all alike."""
     samples: dict[str, list[float]] = {name: [] for name in sides}
-    for name, side in sides.items():
+    for side in sides.values():
         side()
     for _ in range(repeats):
         for name, side in sides.items():
@@ -64,7 +64,8 @@ def report(title: str, rows: list[dict[str, object]], as_json: bool) -> None:
         meta = {"torch": torch.__version__, "threads": torch.get_num_threads(), **csp_ext.build_info()}
         print(json.dumps({"title": title, "cpu": csp_ext.cpu_capability(), "build": meta, "rows": rows}))
         return
-    table = Table(title=f"{title}  (torch {torch.__version__}, {torch.get_num_threads()} threads, {csp_ext.cpu_capability()})")
+    setting = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {csp_ext.cpu_capability()}"
+    table = Table(title=f"{title}  ({setting})")
     for column in rows[0]:
         table.add_column(column, justify="left" if column == "case" else "right")
     for row in rows:

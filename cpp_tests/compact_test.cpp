@@ -1,5 +1,7 @@
 #include "csp/compact.h"
 
+#include <algorithm>
+
 #include "support.h"
 
 namespace csp::test {
@@ -27,13 +29,13 @@ class Aligned {
  public:
   void assign(size_t size, unsigned char byte) {
     lines_.resize((size + 63) / 64);
-    std::memset(data(), byte, lines_.size() * 64);
+    for (Line& line : lines_) std::memset(line.bytes, byte, 64);
   }
   unsigned char* data() { return reinterpret_cast<unsigned char*>(lines_.data()); }
   unsigned char operator[](size_t i) const { return lines_[i / 64].bytes[i % 64]; }
   bool operator==(const Aligned& other) const {
-    return lines_.size() == other.lines_.size() &&
-           std::memcmp(lines_.data(), other.lines_.data(), lines_.size() * 64) == 0;
+    const auto same = [](const Line& a, const Line& b) { return std::memcmp(a.bytes, b.bytes, 64) == 0; };
+    return std::equal(lines_.begin(), lines_.end(), other.lines_.begin(), other.lines_.end(), same);
   }
 
  private:

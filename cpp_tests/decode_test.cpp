@@ -184,8 +184,8 @@ TEST_P(Decode, HugeLogitsNeitherOverflowNorVanish) {
   }
 }
 
-// One key with an infinite element that every query meets with a negative one: its weight is zero, also where the
-// last vector of a row overlaps the one before.
+// One key with an infinite element that every query meets with a negative one: its weight is zero, also where
+// the last vector of a row overlaps the one before.
 TEST_P(Decode, AKeyOfMinusInfinityWeighsNothing) {
   for (const int64_t dim : {3, 17, 20, 33, 72}) {
     const Problem p{1, 1, 2, 1, 5, dim};

@@ -13,7 +13,7 @@ _NOT_BUILT = (
     "install it (pip install .) and import it from outside the source folder"
 )
 try:
-    # An editable install rebuilds when it meets a compiled module, so this comes before any library is loaded.
+    # An editable install rebuilds when it meets a compiled module, so this comes before a library is loaded.
     from csp_ext import _host  # noqa: F401
 except ModuleNotFoundError as error:
     raise ImportError(_NOT_BUILT) from error

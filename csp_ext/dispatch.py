@@ -12,10 +12,14 @@ from csp_ext import ops, reference
 PRUNING = ("score", "select", "compact")  # what pruning a layer takes
 
 
+def has_kernel(op: str, device_type: str) -> bool:
+    """Return whether a compiled kernel of an op takes tensors of a device type such as "cuda"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"csp::{op}", device_type.upper())
+
+
 def missing_kernels(device_type: str) -> list[str]:
-    """Return the ops of :data:`PRUNING` that have no kernel for a device type such as "cuda"."""
-    key = device_type.upper()
-    return [op for op in PRUNING if not torch._C._dispatch_has_kernel_for_dispatch_key(f"csp::{op}", key)]
+    """Return the ops of :data:`PRUNING` that have no kernel for a device type."""
+    return [op for op in PRUNING if not has_kernel(op, device_type)]
 
 
 def implementation_for(key: Tensor) -> ModuleType:

@@ -9,16 +9,20 @@ import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
-    "default", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    "default",
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=500)
 settings.load_profile(os.environ.get("CSP_HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run every test with a `device` argument on the CPU, and on CUDA where the library is loaded."""
+    """Run every test of an op with a `device` argument on the CPU, and on a GPU where it has a kernel."""
     if "device" in metafunc.fixturenames:
-        import csp_ext
+        from csp_ext.dispatch import has_kernel
 
-        devices = ["cpu", "cuda"] if csp_ext.cuda_status().loaded and torch.cuda.is_available() else ["cpu"]
-        metafunc.parametrize("device", devices)
+        op = metafunc.module.__name__.removeprefix("test_")
+        on_gpu = torch.cuda.is_available() and has_kernel(op, "cuda")
+        metafunc.parametrize("device", ["cpu", "cuda"] if on_gpu else ["cpu"])

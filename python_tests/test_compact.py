@@ -25,7 +25,9 @@ def problem(
 
 
 def assert_equals_twin(key: torch.Tensor, value: torch.Tensor, indices: torch.Tensor) -> None:
-    for got, want in zip(csp_ext.compact(key, value, indices), reference.compact(key, value, indices), strict=True):
+    for got, want in zip(
+        csp_ext.compact(key, value, indices), reference.compact(key, value, indices), strict=True
+    ):
         assert got.dtype == want.dtype
         assert got.is_contiguous()
         assert torch.equal(got, want)
@@ -35,10 +37,13 @@ sizes = st.integers(0, 3)
 
 
 @given(
-    batch=sizes, heads=sizes, length=st.integers(0, 60), budget=st.integers(0, 80), head_dim=st.integers(0, 40),
-    value_dim=st.integers(0, 40), shared=st.booleans(), ascending=st.booleans(), dtype=dtypes, seed=seeds,
+    batch=sizes, heads=sizes, length=st.integers(0, 60), budget=st.integers(0, 80),
+    head_dim=st.integers(0, 40), value_dim=st.integers(0, 40),
+    shared=st.booleans(), ascending=st.booleans(), dtype=dtypes, seed=seeds,
 )  # fmt: skip
-def test_matches_the_twin(device, batch, heads, length, budget, head_dim, value_dim, shared, ascending, dtype, seed):
+def test_matches_the_twin(
+    device, batch, heads, length, budget, head_dim, value_dim, shared, ascending, dtype, seed
+):
     score_heads = 1 if shared else heads
     key, value, indices = problem(
         batch, heads, length, budget, head_dim, value_dim, score_heads, dtype, device, seed
@@ -48,7 +53,9 @@ def test_matches_the_twin(device, batch, heads, length, budget, head_dim, value_
     assert_equals_twin(strided(key, seed), strided(value, seed // 3), indices)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64, torch.complex128, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.bool, torch.int64, torch.complex128, torch.float8_e4m3fn]
+)
 def test_any_dtype_is_copied_by_its_bytes(device, dtype):
     key, value, indices = problem(length=40, budget=30, head_dim=7, device=device)
     key, value = (key * 3).to(dtype), (value * 3).to(dtype)
@@ -106,7 +113,14 @@ def test_gradient_of_one_input_alone():
 
 
 def test_opcheck(device):
-    for settings in [{}, {"score_heads": 1}, {"budget": 0}, {"batch": 0}, {"value_dim": 0}, {"dtype": torch.bfloat16}]:
+    for settings in [
+        {},
+        {"score_heads": 1},
+        {"budget": 0},
+        {"batch": 0},
+        {"value_dim": 0},
+        {"dtype": torch.bfloat16},
+    ]:
         key, value, indices = problem(**settings, device=device)
         key.requires_grad_()
         torch.library.opcheck(torch.ops.csp.compact.default, (key, value, indices))

@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # `make test` builds both; CSP_CPP_TESTS names others, separated by colons.
-BINARIES = os.environ.get("CSP_CPP_TESTS", "build/cpp/cpp_tests/csp_tests:build/asan/cpp_tests/csp_tests").split(":")
+BINARIES = os.environ.get(
+    "CSP_CPP_TESTS", "build/cpp/cpp_tests/csp_tests:build/asan/cpp_tests/csp_tests"
+).split(":")
 
 
 @functools.cache
@@ -40,11 +42,17 @@ def outcome(binary: str) -> dict[str, tuple[str, str]]:
         lines.append(line)
         if line.startswith("[ RUN      ]"):
             name, lines = line[13:].strip(), []
-        for verdict, mark in (("ok", "[       OK ]"), ("failed", "[  FAILED  ]"), ("skipped", "[  SKIPPED ]")):
+        for verdict, mark in (
+            ("ok", "[       OK ]"),
+            ("failed", "[  FAILED  ]"),
+            ("skipped", "[  SKIPPED ]"),
+        ):
             if name and line.startswith(mark) and line[13:].startswith(name):
                 verdicts[name] = (verdict, "\n".join(lines))
     if run.returncode not in (0, 1):
-        verdicts.setdefault(name, ("failed", f"exit code {run.returncode}\n" + "\n".join(lines) + run.stderr[-8000:]))
+        verdicts.setdefault(
+            name, ("failed", f"exit code {run.returncode}\n" + "\n".join(lines) + run.stderr[-8000:])
+        )
     return verdicts
 
 
@@ -55,7 +63,7 @@ def outcome(binary: str) -> dict[str, tuple[str, str]]:
 )
 def test_cpp(binary, case):
     if not binary:
-        pytest.skip("THE C++ TESTS WERE NOT BUILT: install GoogleTest (Debian: apt-get install libgtest-dev), then `make test`")
+        pytest.skip("THE C++ TESTS WERE NOT BUILT: apt-get install libgtest-dev (Debian), then `make test`")
     verdict, output = outcome(binary).get(case, ("failed", "the binary ended before this case ran"))
     if verdict == "skipped":
         pytest.skip(output.splitlines()[0] if output else case)

@@ -16,7 +16,13 @@ shapes = st.lists(st.integers(0, 5), min_size=0, max_size=3).flatmap(
 )
 
 
-@given(shape=shapes, dtype=dtypes, seed=seeds, n=st.sampled_from([0.0, 0.3, 1.0, 7.0]), spread=st.sampled_from([1, 30]))
+@given(
+    shape=shapes,
+    dtype=dtypes,
+    seed=seeds,
+    n=st.sampled_from([0.0, 0.3, 1.0, 7.0]),
+    spread=st.sampled_from([1, 30]),
+)
 def test_matches_the_twin(device, shape, dtype, seed, n, spread):
     generator = torch.Generator().manual_seed(seed)
     logits = strided((torch.randn(shape, generator=generator) * spread).to(device, dtype), seed)

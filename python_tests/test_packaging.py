@@ -43,19 +43,25 @@ int main() {
 
 def symbols(path: Path, *flags: str) -> list[tuple[str, str]]:
     """Return (kind, name) of the symbols that nm lists."""
-    lines = subprocess.run(["nm", "-C", *flags, path], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["nm", "-C", *flags, path], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     return [(line[17], line[19:]) for line in lines if len(line) > 19]
 
 
 def test_every_op_has_its_header():
-    assert {f"{op}.h" for op in OPS} <= {path.name for path in (Path(csp_ext.get_include()) / "csp").iterdir()}
+    assert {f"{op}.h" for op in OPS} <= {
+        path.name for path in (Path(csp_ext.get_include()) / "csp").iterdir()
+    }
 
 
 def test_headers_need_only_the_standard_library():
     for header in (ROOT / "csrc/include/csp").glob("*.h"):
         source = f'#include "csp/{header.name}"\nint main() {{}}'
         command = ["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-x", "c++", "-"]
-        run = subprocess.run([*command, "-I", csp_ext.get_include()], input=source, capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            [*command, "-I", csp_ext.get_include()], input=source, capture_output=True, text=True, check=False
+        )
         assert run.returncode == 0, run.stderr
 
 
@@ -66,10 +72,14 @@ def test_a_cmake_project_finds_and_runs_the_library(tmp_path):
     build = tmp_path / "build"
     subprocess.run(
         [cmake, "-S", tmp_path, "-B", build, f"-DCMAKE_PREFIX_PATH={csp_ext.cmake_prefix_path()}"],
-        check=True, capture_output=True,
+        check=True,
+        capture_output=True,
     )
     subprocess.run([cmake, "--build", build], check=True, capture_output=True)
-    assert subprocess.run([build / "consumer"], capture_output=True, text=True, check=True).stdout == "0.250 0.250"
+    assert (
+        subprocess.run([build / "consumer"], capture_output=True, text=True, check=True).stdout
+        == "0.250 0.250"
+    )
 
 
 def test_typed_and_stubbed():
@@ -79,7 +89,10 @@ def test_typed_and_stubbed():
 
 
 def test_libraries_name_torch_and_export_nothing_of_ours():
-    for name, torch_library in (("libcsp_ops_cpu.so", "libtorch_cpu.so"), ("libcsp_ops_cuda.so", "libtorch_cuda.so")):
+    for name, torch_library in (
+        ("libcsp_ops_cpu.so", "libtorch_cpu.so"),
+        ("libcsp_ops_cuda.so", "libtorch_cuda.so"),
+    ):
         path = find_library(name)
         if path is None:
             assert name != "libcsp_ops_cpu.so"
@@ -88,7 +101,9 @@ def test_libraries_name_torch_and_export_nothing_of_ours():
         assert f"[{torch_library}]" in dynamic
         assert "libcudart" not in dynamic
         assert "RUNPATH" not in dynamic
-        assert not [symbol for _, symbol in symbols(path, "-D", "--defined-only") if symbol.startswith("csp::")]
+        assert not [
+            symbol for _, symbol in symbols(path, "-D", "--defined-only") if symbol.startswith("csp::")
+        ]
 
 
 def test_no_build_path_is_in_the_libraries():
@@ -102,20 +117,29 @@ def test_objects_of_an_instruction_set_share_no_symbol(isa):
     if not objects:
         pytest.skip("the C++ preset `cpp` was not built: run `make test`")
     for path in objects:
-        foreign = [name for kind, name in symbols(path, "--defined-only") if kind in "WVu" and f"csp::{isa}::" not in name]
+        foreign = [
+            name
+            for kind, name in symbols(path, "--defined-only")
+            if kind in "WVu" and f"csp::{isa}::" not in name
+        ]
         assert not foreign, f"{path.name}: {foreign}"
 
 
 def test_sdist_holds_what_a_build_needs(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, ROOT],
-        check=True, capture_output=True,
+        check=True,
+        capture_output=True,
     )
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {"/".join(name.split("/")[1:]) for name in tar.getnames()}
     tracked = subprocess.run(
-        ["git", "ls-files", "csrc", "csp_ext", "cmake", "tools", "cpp_tests"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "csrc", "csp_ext", "cmake", "tools", "cpp_tests"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     assert {name for name in tracked if (ROOT / name).exists()} <= names
     assert {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml"} <= names

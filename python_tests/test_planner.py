@@ -37,21 +37,29 @@ def score_case(dtype, batch, kv_heads, group, window, keys, dim, budget, shared,
     query, key = cache(batch, kv_heads * group, window, dim, dtype), cache(batch, kv_heads, keys, dim, dtype)
     modality, heads = torch.zeros(batch, keys, dtype=torch.int8), "shared" if shared else "kv"
     shape = {
-        "batch": batch, "num_heads": kv_heads * group, "num_kv_heads": kv_heads, "window": window, "keys": keys,
-        "head_dim": dim, "heads": heads, "dtype": name_of(dtype),
+        "batch": batch, "num_heads": kv_heads * group, "num_kv_heads": kv_heads, "window": window,
+        "keys": keys, "head_dim": dim, "heads": heads, "dtype": name_of(dtype),
     }  # fmt: skip
-    inputs = {"query": query, "key": key, "modality": modality, "query_modality": modality[:, :window].clone()}
+    inputs = {
+        "query": query,
+        "key": key,
+        "modality": modality,
+        "query_modality": modality[:, :window].clone(),
+    }
     return shape, inputs, lambda: csp_ext.score(**inputs, heads=heads)
 
 
 def select_case(dtype, batch, kv_heads, group, window, keys, dim, budget, shared, pool) -> Case:
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    scores = {"self": torch.rand(batch, kv_heads, keys).to(real), "cross": torch.rand(batch, kv_heads, keys).to(real)}
+    scores = {
+        "self": torch.rand(batch, kv_heads, keys).to(real),
+        "cross": torch.rand(batch, kv_heads, keys).to(real),
+    }
     modality = torch.zeros(batch, keys, dtype=torch.int8)
     inputs = {**scores, "modality": modality, "query_modality": modality[:, :window].clone()}
     shape = {
-        "batch": batch, "score_heads": kv_heads, "keys": keys, "window": window, "budget": budget, "pool": pool,
-        "dtype": name_of(real),
+        "batch": batch, "score_heads": kv_heads, "keys": keys, "window": window, "budget": budget,
+        "pool": pool, "dtype": name_of(real),
     }  # fmt: skip
     return shape, inputs, lambda: csp_ext.select(**inputs, budget=budget, recent=0, pool=pool)
 
@@ -65,7 +73,10 @@ def compact_case(dtype, batch, kv_heads, group, window, keys, dim, budget, share
         "head_dim": dim, "value_dim": dim + 1, "dtype": name_of(dtype),
     }  # fmt: skip
     # only the rows that are kept are read
-    inputs = {"key": key[:, :, :1].expand(-1, -1, budget, -1), "value": value[:, :, :1].expand(-1, -1, budget, -1)}
+    inputs = {
+        "key": key[:, :, :1].expand(-1, -1, budget, -1),
+        "value": value[:, :, :1].expand(-1, -1, budget, -1),
+    }
     return shape, {**inputs, "indices": indices}, lambda: csp_ext.compact(key, value, indices)
 
 
@@ -123,7 +134,9 @@ def test_prune_is_the_sum_of_its_parts_but_shares_their_scratch(heads):
         assert prune[what] == score[what] + select[what] + compact[what]
     lists = 2 * math.ceil(2 * score_heads * 900 * 4 / 64) * 64
     assert prune["workspace_bytes"] == lists + max(score["workspace_bytes"], select["workspace_bytes"])
-    sizes_taken = allocations(lambda: csp_ext.prune(query, key, key, modality, budget=100, heads=heads, pool="avg"))
+    sizes_taken = allocations(
+        lambda: csp_ext.prune(query, key, key, modality, budget=100, heads=heads, pool="avg")
+    )
     assert prune["workspace_bytes"] in sizes_taken
 
 
@@ -143,7 +156,15 @@ def test_scores_need_no_attention_matrix():
 
 
 def test_tasks_and_bytes_do_not_depend_on_threads():
-    sizes = {"batch": 1, "num_heads": 8, "num_kv_heads": 2, "window": 64, "keys": 4096, "head_dim": 64, "budget": 500}
+    sizes = {
+        "batch": 1,
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "window": 64,
+        "keys": 4096,
+        "head_dim": 64,
+        "budget": 500,
+    }
     one, many = (csp_ext.plan("prune", **sizes, num_threads=n) for n in (1, 96))
     assert one["workspace_bytes"] < many["workspace_bytes"]
     assert all(one[what] == many[what] for what in ("tasks", "bytes_read", "bytes_written", "flops"))
@@ -166,7 +187,12 @@ def test_empty_problems_need_nothing(op):
         ("compact", {"keys": 2**31}, ValueError, "keys must be between 0 and 2147483647, got 2147483648"),
         ("compact", {"keys": 2**80}, TypeError, "keys has the wrong type"),
         ("compact", {"keys": "many"}, TypeError, "keys has the wrong type"),
-        ("compact", {"dtype": "int8"}, ValueError, "dtype must be one of float32, float16, bfloat16, float64, got int8"),
+        (
+            "compact",
+            {"dtype": "int8"},
+            ValueError,
+            "dtype must be one of float32, float16, bfloat16, float64, got int8",
+        ),
         ("compact", {"window": 3}, ValueError, "compact has no size or option window"),
         ("compact", {"budget": 2**31 - 1, "head_dim": 2**31 - 1}, ValueError, "multiply to more than"),
         ("score", {"num_heads": 5}, ValueError, "num_heads must be a multiple of num_kv_heads = 2, got 5"),

@@ -33,18 +33,18 @@ def problem(
     }
 
 
-def chain(query: Tensor, key: Tensor, value: Tensor, modality: Tensor, ops=csp_ext, **options) -> tuple[Tensor, ...]:
+def chain(query: Tensor, key: Tensor, value: Tensor, modality: Tensor, **options) -> tuple[Tensor, ...]:
     """Run the three parts one after another."""
     window = options.pop("query_modality", None)
     if window is None:
         window = modality[:, modality.shape[1] - query.shape[2] :]
     of_score = {name: options[name] for name in SCORE_OPTIONS if name in options}
     of_select = {name: value for name, value in options.items() if name not in SCORE_OPTIONS}
-    own, other = ops.score(query, key, modality, query_modality=window, **of_score)
-    indices, lengths = ops.select(
+    own, other = csp_ext.score(query, key, modality, query_modality=window, **of_score)
+    indices, lengths = csp_ext.select(
         own, other, modality, window, causal=options.get("causal", True), **of_select
     )
-    return (*ops.compact(key, value, indices), indices, lengths)
+    return (*csp_ext.compact(key, value, indices), indices, lengths)
 
 
 def assert_equal(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
@@ -77,11 +77,23 @@ def options(draw: st.DrawFn) -> dict[str, object]:
 
 @given(
     batch=st.integers(0, 3), kv_heads=st.integers(1, 3), group=st.integers(1, 3), window=st.integers(0, 8),
-    keys=st.integers(8, 70), head_dim=st.integers(1, 20), value_dim=st.integers(0, 20), dtype=dtypes, seed=seeds,
-    observers=st.booleans(), with_lse=st.booleans(), options=options(),
+    keys=st.integers(8, 70), head_dim=st.integers(1, 20), value_dim=st.integers(0, 20),
+    dtype=dtypes, seed=seeds, observers=st.booleans(), with_lse=st.booleans(), options=options(),
 )  # fmt: skip
 def test_is_the_chain_bit_for_bit(
-    device, batch, kv_heads, group, window, keys, head_dim, value_dim, dtype, seed, observers, with_lse, options
+    device,
+    batch,
+    kv_heads,
+    group,
+    window,
+    keys,
+    head_dim,
+    value_dim,
+    dtype,
+    seed,
+    observers,
+    with_lse,
+    options,
 ):
     inputs = problem(batch, kv_heads, group, window, keys, head_dim, value_dim, dtype, device, seed)
     inputs = {name: strided(tensor, seed // (i + 1)) for i, (name, tensor) in enumerate(inputs.items())}
@@ -97,8 +109,14 @@ def test_matches_the_twin_in_float64(device):
     if device == "cuda":
         pytest.skip("float64 is a matter of the CPU and the twins")
     inputs = problem(dtype=torch.float64, keys=200, window=20)
-    for options in ({}, {"heads": "shared", "combine": "union", "pool": "max"}, {"combine": "calibrated", "recent": 3}):
-        assert_equal(csp_ext.prune(**inputs, budget=50, **options), reference.prune(**inputs, budget=50, **options))
+    for options in (
+        {},
+        {"heads": "shared", "combine": "union", "pool": "max"},
+        {"combine": "calibrated", "recent": 3},
+    ):
+        assert_equal(
+            csp_ext.prune(**inputs, budget=50, **options), reference.prune(**inputs, budget=50, **options)
+        )
 
 
 def test_a_budget_that_fits_all_keeps_all(device):
@@ -148,7 +166,9 @@ class Pruner(torch.nn.Module):
         return key * 2, value, indices, lengths
 
 
-@pytest.mark.parametrize("options", [{"budget": 12}, {"budget": 60, "heads": "shared", "recent": 2, "pool": "max"}])
+@pytest.mark.parametrize(
+    "options", [{"budget": 12}, {"budget": 60, "heads": "shared", "recent": 2, "pool": "max"}]
+)
 def test_compiles_without_a_graph_break(device, options):
     module, inputs = Pruner(**options), problem(device=device)
     assert_equal(torch.compile(module, fullgraph=True)(**inputs), module(**inputs))
@@ -223,7 +243,12 @@ def bad(match: str, **changes: object) -> object:
         bad("cross_ratio must be between 0 and 1, got nan", cross_ratio=float("nan")),
         bad('combine must be .*got "sum"', combine="sum"),
         bad("k_self and k_cross go together", k_self=3),
-        bad("k_self and k_cross must leave room for recent = 5 in budget = 12", k_self=5, k_cross=5, combine="union"),
+        bad(
+            "k_self and k_cross must leave room for recent = 5 in budget = 12",
+            k_self=5,
+            k_cross=5,
+            combine="union",
+        ),
         bad('pool must be .*got "mean"', pool="mean"),
         bad("pool_kernel must be odd and at least 1, got 4", pool_kernel=4),
     ],

@@ -62,7 +62,9 @@ def test_nan_does_not_leak_from_what_does_not_count(device):
     want = csp_ext.segmented_column_sum(attn, query_modality, key_modality)
     attn.masked_fill_((query_modality < 0)[:, None, :, None], float("nan"))
     attn.masked_fill_((key_modality < 0)[:, None, None, :], float("nan"))
-    for got, clean in zip(csp_ext.segmented_column_sum(attn, query_modality, key_modality), want, strict=True):
+    for got, clean in zip(
+        csp_ext.segmented_column_sum(attn, query_modality, key_modality), want, strict=True
+    ):
         assert torch.equal(got, clean)
 
 

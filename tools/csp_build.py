@@ -1,7 +1,7 @@
 """The build backend: scikit-build-core, plus torch as a build requirement only where none is installed.
 
-Just the headers of torch's stable ABI are needed. Naming torch in `build-system.requires` would make every isolated
-build fetch its newest CUDA build, gigabytes, beside the torch that is there already.
+Just the headers of torch's stable ABI are needed. Naming torch in `build-system.requires` would make every
+isolated build fetch its newest CUDA build, gigabytes, beside the torch that is there already.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def decode(
     Notes
     -----
     ``out = softmax(scale * query @ key) @ value * sigmoid(lse - log n)``: Eq. 7 of CSP (arXiv 2412.04652).
-    Not differentiable: train through ``csp_ext.reference.decode``.
+    Not differentiable: torch warns in a backward pass and gives no gradient.
     """
     return call(torch.ops.csp.decode, query, key, value, start, end, n=n, scale=scale)
 

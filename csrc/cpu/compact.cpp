@@ -3,6 +3,10 @@
 #include "compact_kernel.h"
 #include "tasks.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace csp {
 namespace {
 
@@ -26,6 +30,18 @@ Cache cache_of(const CompactParams& p, const void* in, void* out, const Strides&
   return {static_cast<const char*>(in), static_cast<char*>(out), stride.batch * element,
           stride.head * element,        stride.row * element,    bytes,
           whole_lines && large};
+}
+
+// Asks for huge pages where the output is fresh memory: a fault per 2 MiB instead of 512 of them, which cost
+// more than the copy itself.
+void prefer_huge_pages([[maybe_unused]] const Cache& cache, [[maybe_unused]] int64_t rows) {
+#ifdef __linux__
+  constexpr uintptr_t kHuge = 2 << 20;
+  const auto address = reinterpret_cast<uintptr_t>(cache.out);
+  const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (address + static_cast<uintptr_t>(rows * cache.bytes)) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 // Rows of output per task: large against the hand-over, small against a head of a cache.
@@ -59,6 +75,7 @@ void compact_cpu(const CompactParams& p, const Parallel& parallel) {
   const int64_t step = rows_per_task(p);
   const int64_t rows = p.batch * p.num_kv_heads;
   const int64_t pieces = tasks / (2 * rows);
+  for (const Cache& cache : caches) prefer_huge_pages(cache, rows * p.budget);
 
   for_each_task(parallel, tasks, [&](int64_t task, int32_t) {
     const Cache& cache = caches[task / (rows * pieces)];

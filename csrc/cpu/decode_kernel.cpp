@@ -91,12 +91,12 @@ void split_of(const DecodeParams& p, const DecodePlan& plan, int64_t task, const
                         visible,
                         r == 0};
       if (p.head_dim < kLanes) {
-        const Tile<float> tile{packed,    packed + kDecodeTile * kLanes, kLanes, kLanes, keys, 0, kLanes,
+        const Tile<float> tile{packed,    packed + kDecodeTile * kLanes, kLanes, kLanes, keys, 0, 0, kLanes,
                                plan.width};
         tile_of(rows, block, tile, common);
       } else {
-        const Tile<T> tile{tile_key, tile_value, p.key_stride.row, p.value_stride.row,
-                           keys,     ahead,      p.head_dim,       plan.width};
+        const Tile<T> tile{tile_key, tile_value, p.key_stride.row, p.value_stride.row, keys,
+                           end - at, ahead,      p.head_dim,       plan.width};
         tile_of(rows, block, tile, common);
       }
     }

@@ -75,7 +75,8 @@ struct Tile {
   int64_t key_step;
   int64_t value_step;
   int64_t keys;      // slots of the tile, 1..kDecodeTile
-  int64_t ahead;     // rows from the one in use to the one being fetched; 0: in cache already
+  int64_t rest;      // slots from here to the end of the split, or 0: the tile is in cache
+  int64_t ahead;     // rows from the one in use to the one being fetched
   int64_t head_dim;  // >= kLanes
   int64_t width;     // of a query and accumulator row
 };
@@ -97,8 +98,8 @@ CSP_INLINE int64_t column_of(int64_t slot, int64_t head_dim) {
 }
 
 template <typename T>
-CSP_INLINE void fetch(const T* row, int64_t head_dim) {
-  for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(T)))
+CSP_INLINE void fetch(const T* row, int64_t columns) {
+  for (int64_t d = 0; d < columns; d += 64 / static_cast<int64_t>(sizeof(T)))
     __builtin_prefetch(row + d, 0, 2);
 }
 
@@ -107,6 +108,7 @@ CSP_INLINE void logits_of(const Block& block, const Tile<T>& t) {
   constexpr int C = keys_per_vector(R);
   // Keys read side by side. One row alone is bound by memory, which likes one stream best.
   constexpr int kStep = R < 3 && R < C ? R : C;
+  const int64_t fetched = block.first ? t.rest : 0;
   for (int64_t j = 0; j < t.keys; j += C) {
     vfloat sums[kLanes] = {};
 #pragma GCC unroll 16
@@ -116,7 +118,7 @@ CSP_INLINE void logits_of(const Block& block, const Tile<T>& t) {
       for (int i = 0; i < kStep; ++i) {
         const int64_t slot = j + c + i < t.keys ? j + c + i : t.keys - 1;
         row[i] = t.key + slot * t.key_step;
-        if (block.first && t.ahead > 0) fetch(row[i] + t.ahead * t.key_step, t.head_dim);
+        if (j + c + i + t.ahead < fetched) fetch(row[i] + t.ahead * t.key_step, t.head_dim);
       }
       const auto multiply = [&](int64_t d, const vfloat* key) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -181,7 +183,7 @@ CSP_INLINE vfloat softmax_of(const Block& block, int64_t keys) {
 
 // V vectors of the accumulators at `slot`, over the slots of the tile that every row sees.
 template <int R, int V, typename T>
-CSP_INLINE void weigh(const Block& block, const Tile<T>& t, int64_t keys, int64_t slot, const float* shrink) {
+void weigh(const Block& block, const Tile<T>& t, int64_t keys, int64_t slot, const float* shrink) {
   constexpr int C = keys_per_vector(R);
   vfloat acc[R][V];
 #pragma GCC unroll 8
@@ -190,6 +192,9 @@ CSP_INLINE void weigh(const Block& block, const Tile<T>& t, int64_t keys, int64_
     for (int v = 0; v < V; ++v) acc[r][v] = load(block.acc + r * t.width + slot + v * kLanes) * shrink[r * C];
   }
   const T* value = t.value + column_of(slot, t.head_dim);
+  // Where the tile takes several passes, each fetches its own columns of the next tile.
+  const int64_t ahead = t.head_dim > V * kLanes ? kDecodeTile : t.ahead;
+  const int64_t fetched = block.first ? t.rest : 0;
   for (int64_t j = 0; j < keys; j += C) {
     const float* weights = block.logits + j / C * kLanes;
     const int count = keys - j < C ? static_cast<int>(keys - j) : C;
@@ -202,7 +207,7 @@ CSP_INLINE void weigh(const Block& block, const Tile<T>& t, int64_t keys, int64_
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) acc[r][v] += x[v] * weights[r * C + c];
       }
-      if (block.first && slot == 0 && t.ahead > 0) fetch(value + t.ahead * t.value_step, t.head_dim);
+      if (j + c + ahead < fetched) fetch(value + ahead * t.value_step, V * kLanes);
     }
   }
 #pragma GCC unroll 8
@@ -210,6 +215,15 @@ CSP_INLINE void weigh(const Block& block, const Tile<T>& t, int64_t keys, int64_
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) store(block.acc + r * t.width + slot + v * kLanes, acc[r][v]);
   }
+}
+
+// All columns from `slot` on: V vectors at a time, then half as many, at last the overlapping one.
+template <int R, int V, typename T>
+CSP_INLINE void weigh_all(const Block& block, const Tile<T>& t, int64_t keys, int64_t slot,
+                          const float* shrink) {
+  const int64_t end = V > 1 ? t.head_dim - V * kLanes : t.head_dim - 1;
+  for (; slot <= end; slot += V * kLanes) weigh<R, V>(block, t, keys, slot, shrink);
+  if constexpr (V > 1) weigh_all<R, V / 2>(block, t, keys, slot, shrink);
 }
 
 // The newest slots, which only the later queries see: never multiplied by a weight of zero, they may hold
@@ -237,11 +251,7 @@ void tile_of(const Block& block, const Tile<T>& t, int64_t common) {
   // As many accumulators as fit the registers: 32 of them with AVX-512, otherwise 16.
   constexpr int kFit = (kLanes >= 16 ? 20 : 8) / R;
   constexpr int kWide = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
-  const int64_t whole = t.head_dim / kLanes * kLanes;
-  int64_t slot = 0;
-  for (; slot + kWide * kLanes <= whole; slot += kWide * kLanes)
-    weigh<R, kWide>(block, t, common, slot, shrink);
-  for (; slot < t.head_dim; slot += kLanes) weigh<R, 1>(block, t, common, slot, shrink);
+  weigh_all<R, kWide>(block, t, common, 0, shrink);
   weigh_newest<R>(block, t, common);
 }
 

@@ -10,21 +10,23 @@ typedef int8_t vbyte __attribute__((vector_size(kLanes)));
 // Rows summed in registers before the running sums are touched; also shortens the chain of roundings.
 constexpr int kRows = 8;
 
-// The observing queries among the next ones: up to kRows of them.
+// Up to kRows observing queries of one modality.
 template <typename T>
 struct Rows {
   const T* at[kRows];  // column 0 of each
-  int8_t modality[kRows];
   int count = 0;
+  int8_t modality = -1;
 };
 
+// The next ones from query i on, which moves on behind them.
 template <typename T>
 Rows<T> next_rows(const T* attn, int64_t stride, const int8_t* modality, int64_t window, int64_t& i) {
   Rows<T> rows;
   for (; i < window && rows.count < kRows; ++i) {
     if (modality[i] < 0) continue;
-    rows.at[rows.count] = attn + i * stride;
-    rows.modality[rows.count++] = modality[i];
+    if (rows.count > 0 && modality[i] != rows.modality) break;
+    rows.modality = modality[i];
+    rows.at[rows.count++] = attn + i * stride;
   }
   return rows;
 }
@@ -45,28 +47,22 @@ void add_rows(const Rows<T>& rows, const int8_t* key_modality, float* self, floa
               int64_t end) {
   for (int64_t j = begin; j < end; j += kLanes) {
     const int64_t left = end - j;
+    vfloat sum{};
+    for (int r = 0; r < rows.count; ++r) sum += load_n(rows.at[r] + j, left, 0.0f);
     const vint key = load_modality(key_modality + j, left);
-    vfloat same{}, other{};
-    for (int r = 0; r < rows.count; ++r) {
-      const vfloat weight = load_n(rows.at[r] + j, left, 0.0f);
-      const vint match = key == rows.modality[r];
-      same += blend(match, weight, vfloat{});
-      other += blend(match, vfloat{}, weight);
-    }
-    const vint real = key >= 0;
-    store_n(self + j, load_n(self + j, left, 0.0f) + same, left);
+    const vint same = key == rows.modality, real = key >= 0;
     // Selected, not multiplied: whatever stands in a padding column must not leak out as nan.
-    store_n(cross + j, load_n(cross + j, left, 0.0f) + blend(real, other, vfloat{}), left);
+    store_n(self + j, load_n(self + j, left, 0.0f) + blend(same, sum, vfloat{}), left);
+    store_n(cross + j, load_n(cross + j, left, 0.0f) + blend(real & ~same, sum, vfloat{}), left);
   }
 }
 
 void add_rows(const Rows<double>& rows, const int8_t* key_modality, double* self, double* cross,
               int64_t begin, int64_t end) {
   for (int64_t j = begin; j < end; ++j) {
-    if (key_modality[j] < 0) continue;
-    for (int r = 0; r < rows.count; ++r) {
-      (rows.modality[r] == key_modality[j] ? self : cross)[j] += rows.at[r][j];
-    }
+    double sum = 0;
+    for (int r = 0; r < rows.count; ++r) sum += rows.at[r][j];
+    if (key_modality[j] >= 0) (key_modality[j] == rows.modality ? self : cross)[j] += sum;
   }
 }
 
