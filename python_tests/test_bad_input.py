@@ -43,7 +43,9 @@ GOOD = {
         "end": torch.tensor(6, dtype=torch.int32),
     },
 }
-TENSORS = [(op, name) for op, good in GOOD.items() for name, value in good.items() if isinstance(value, torch.Tensor)]
+TENSORS = [
+    (op, name) for op, good in GOOD.items() for name, value in good.items() if isinstance(value, torch.Tensor)
+]
 OPTIONAL = ("lse", "valid_self", "start", "end")
 
 
@@ -86,7 +88,9 @@ def test_layouts(op, name):
         text = message(op, {name: good.to_sparse()}, TypeError)
         assert text == f"csp::{op}: {name} must be a plain strided tensor, got a torch.sparse_coo one"
     if good.dtype == torch.float32 and good.dim() > 1:
-        text = message(op, {name: torch.nested.nested_tensor([good[0], good[0]])}, TypeError)
+        text = message(
+            op, {name: torch.nested.nested_tensor([good[0], good[0]], layout=torch.jagged)}, TypeError
+        )
         assert text == f"csp::{op}: {name} must be a plain strided tensor, got a nested one"
 
 
@@ -98,11 +102,19 @@ def test_dtypes(op, name, dtype):
 
 @pytest.mark.parametrize(
     ("op", "name"),
-    [("select", "budget"), ("select", "recent"), ("prune", "k_self"), ("prune", "pool_kernel"), ("dual_top_k", "k_cross")],
+    [
+        ("select", "budget"),
+        ("select", "recent"),
+        ("prune", "k_self"),
+        ("prune", "pool_kernel"),
+        ("dual_top_k", "k_cross"),
+    ],
 )
 def test_integers(op, name):
     for value in (2**63, -(2**70)):
-        assert message(op, {name: value}, ValueError) == f"csp::{op}: {name} must fit into 64 bits, got {value}"
+        assert (
+            message(op, {name: value}, ValueError) == f"csp::{op}: {name} must fit into 64 bits, got {value}"
+        )
     assert f" {name} must be int" in message(op, {name: 1.5}, TypeError)
     assert f" {name} must be int" in message(op, {name: "4"}, TypeError)
 
@@ -126,12 +138,24 @@ def test_more_than_memory():
     assert "out of memory" in message("select", {"self": scores, "cross": scores}, MemoryError)
     key = one.expand(1, 2**57, 6, 1)
     query = one.expand(1, 2**57, 2, 1)
-    assert "out of memory" in message("decode", {"query": query, "key": key, "value": key, "start": None}, MemoryError)
+    assert "out of memory" in message(
+        "decode", {"query": query, "key": key, "value": key, "start": None}, MemoryError
+    )
 
 
 def test_a_workspace_beyond_64_bits():
     # "shared" has one output row for 2^41 heads: partial sums of 2^64 bytes, which wrapped around to none.
-    query, key = torch.ones(1, 1, 1, 1).expand(1, 2**41, 1, 1), torch.ones(1, 1, 1, 1).expand(1, 2**41, 2**20, 1)
-    sizes = {"query": query, "key": key, "modality": torch.zeros(1, 2**20, dtype=torch.int8), "heads": "shared"}
-    assert "at most 2^56 products" in message("score", {**sizes, "query_modality": None, "lse": None}, ValueError)
+    query, key = (
+        torch.ones(1, 1, 1, 1).expand(1, 2**41, 1, 1),
+        torch.ones(1, 1, 1, 1).expand(1, 2**41, 2**20, 1),
+    )
+    sizes = {
+        "query": query,
+        "key": key,
+        "modality": torch.zeros(1, 2**20, dtype=torch.int8),
+        "heads": "shared",
+    }
+    assert "at most 2^56 products" in message(
+        "score", {**sizes, "query_modality": None, "lse": None}, ValueError
+    )
     assert "at most 2^56 products" in message("prune", {**sizes, "value": key, "budget": 1}, ValueError)

@@ -55,6 +55,15 @@ def test_equal_scores_go_to_the_later_position_whatever_the_other_list_says():
     assert mask.nonzero().flatten().tolist() == [197, 198, 199]
 
 
+def test_the_twin_ranks_nan_last_too():
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        own, other = torch.rand(2, 9, generator=generator)
+        own[torch.rand(9, generator=generator) < 0.5] = torch.nan
+        got, want = (op(own, other, 5, 6) for op in (csp_ext.dual_top_k, csp_ext.reference.dual_top_k))
+        assert torch.equal(got, want)
+
+
 def test_special_values_are_ordered_as_numbers_and_nan_is_last():
     inf, nan = float("inf"), float("nan")
     values = torch.tensor([nan, -inf, -1.0, 0.0, -0.0, inf, 1.0])

@@ -155,6 +155,14 @@ def test_scores_need_no_attention_matrix():
     assert large < 1.1 * small
 
 
+def test_many_heads_need_no_scratch_beyond_the_cache():
+    sizes = {"batch": 4096, "num_heads": 64, "num_kv_heads": 64, "head_dim": 2, "capacity": 4096}
+    one, two = (
+        csp_ext.plan("decode", **sizes, dtype="float64", num_threads=n)["workspace_bytes"] for n in (1, 2)
+    )
+    assert two - one == 4096 * 8
+
+
 def test_tasks_and_bytes_do_not_depend_on_threads():
     sizes = {
         "batch": 1,

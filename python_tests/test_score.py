@@ -247,7 +247,11 @@ def test_a_given_lse_of_a_row_that_sees_nothing(dtype):
     observing = torch.tensor([[1, 0, 1, 0]], dtype=torch.int8)
     logits = torch.einsum("bhod,bhkd->bhok", query.double(), key.double()) * 0.25
     seen = reference.visibility.visible_keys(modality, 4, True)[:, None]
-    lse = logits.masked_fill(~seen, -torch.inf).logsumexp(-1).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    lse = (
+        logits.masked_fill(~seen, -torch.inf)
+        .logsumexp(-1)
+        .to(torch.float64 if dtype == torch.float64 else torch.float32)
+    )
     assert lse[0, 0, :2].tolist() == [-torch.inf] * 2
     check(query, key, modality, query_modality=observing, scale=0.25, lse=lse)
 

@@ -116,6 +116,22 @@ def test_anything_in_the_scores_is_survived(combine, pool):
     assert torch.equal(first[0], again[0])
 
 
+@pytest.mark.parametrize("combine", ["intersection", "union", "calibrated"])
+@pytest.mark.parametrize("pool", ["none", "max", "avg"])
+def test_the_twin_agrees_about_nan_and_infinity(combine, pool):
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        own, other = torch.rand(2, 1, 2, 30, dtype=torch.float64, generator=generator)
+        for scores, value in ((own, NAN), (own, INF), (other, NAN), (other, -INF)):
+            scores[torch.rand(scores.shape, generator=generator) < 0.15] = value
+        modality = torch.randint(-1, 3, (1, 30), generator=generator, dtype=torch.int8)
+        arguments = (own, other, modality, modality[:, -4:])
+        options = {"budget": 9, "recent": 2, "combine": combine, "pool": pool, "pool_kernel": 3}
+        got, want = csp_ext.select(*arguments, **options), csp_ext.reference.select(*arguments, **options)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+
+
 def test_nan_is_kept_last_and_infinity_first():
     self = torch.ones(1, 1, 8)
     self[0, 0, 5], self[0, 0, 6], self[0, 0, 0] = NAN, NAN, INF

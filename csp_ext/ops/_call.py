@@ -55,7 +55,9 @@ def _misfit(match: re.Match[str]) -> Exception:
     return TypeError(f"{op}: {name} must be {want}{' or None' if optional else ''}, got {got}{value}")
 
 
-def _no_kernel(error: NotImplementedError, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception:
+def _no_kernel(
+    error: NotImplementedError, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Exception:
     schema = op.default._schema
     given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}

@@ -81,8 +81,8 @@ def pooled(values: torch.Tensor, modality: torch.Tensor, pool: str, pool_kernel:
     The candidates form one sequence in position order. Neighbours are counted in that sequence, so padding
     between two of them changes nothing and a padded row equals the row alone. A run is a maximal stretch of
     it with one modality. Element j becomes the maximum, or the mean over the elements present, of the at most
-    ``pool_kernel`` candidates within ``pool_kernel // 2`` steps of j that stand in j's run. The maximum passes
-    over a NaN where it can.
+    ``pool_kernel`` candidates within ``pool_kernel // 2`` steps of j that stand in j's run. The maximum
+    passes over a NaN where it can.
 
     Parameters
     ----------

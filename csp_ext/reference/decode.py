@@ -64,7 +64,9 @@ def decode(
     safe_lse = torch.where(blind, torch.zeros_like(lse), lse)
     weights = torch.exp(logits - safe_lse[..., None]) * torch.sigmoid(safe_lse - log_n)[..., None]
     values = value.double().repeat_interleave(group, dim=1)
-    # a slot outside the range may hold anything, also nan
-    reachable = seen.any(dim=2)[..., None]
-    values = torch.where(reachable, values, torch.zeros_like(values))
-    return torch.matmul(weights, values), lse
+    out = weights.new_zeros((batch, num_heads, num_queries, head_dim))
+    for i in range(num_queries):
+        # a slot that a query does not see may hold anything, also nan
+        visible = torch.where(seen[:, :, i, :, None], values, 0.0)
+        out[:, :, i] = torch.matmul(weights[:, :, None, i], visible)[:, :, 0]
+    return out, lse

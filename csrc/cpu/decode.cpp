@@ -23,7 +23,9 @@ DecodePlan plan_of(const DecodeParams& p) {
   plan.rows = p.num_heads / p.num_kv_heads * p.queries;
   plan.width = round_up(p.head_dim, kVector);
   const int64_t even = round_up((p.capacity * heads + kTasks - 1) / kTasks, kDecodeTile);
+  const int64_t whole = round_up(p.capacity, kDecodeTile);
   plan.split = even > kMinSplit ? even : kMinSplit;
+  if (plan.split > whole) plan.split = whole;  // many heads: one split each, and no scratch beyond it
   plan.splits = p.capacity > 0 ? (p.capacity + plan.split - 1) / plan.split : 1;
   plan.partial = plan.rows * (plan.width + 2);
   if (p.dtype == DType::kFloat64) {
