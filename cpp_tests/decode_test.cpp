@@ -184,6 +184,34 @@ TEST_P(Decode, HugeLogitsNeitherOverflowNorVanish) {
   }
 }
 
+// One key with an infinite element that every query meets with a negative one: its weight is zero, also where
+// the last vector of a row overlaps the one before.
+TEST_P(Decode, AKeyOfMinusInfinityWeighsNothing) {
+  for (const int64_t dim : {3, 17, 20, 33, 72}) {
+    const Problem p{1, 1, 2, 1, 5, dim};
+    Inputs in(p, dtype(), 3);
+    for (int64_t row = 0; row < 2; ++row) in.query.set(row * dim + dim - 2, -1);
+    in.key.set(p.slot(0, 0, 1) + dim - 2, INFINITY);
+    const Result got = run(p, dtype(), in);
+    in.value.set(p.slot(0, 0, 1), 100);
+    const Result other = run(p, dtype(), in);
+    for (int64_t i = 0; i < 2 * dim; ++i) EXPECT_TRUE(std::isfinite(got.out.read(i))) << "dim " << dim;
+    EXPECT_EQ(got.out.bytes(), other.out.bytes());
+    EXPECT_TRUE(std::isfinite(got.lse.read(0)));
+  }
+}
+
+TEST_P(Decode, ATinyN) {
+  Problem p{1, 1, 1, 1, 1, 1};
+  p.n = 1e-40;
+  Inputs in(p, dtype(), 3);
+  in.query.set(0, 92);
+  in.key.set(0, -1);
+  in.value.set(0, 1);
+  const double want = 1 / (1 + p.n * std::exp(92.0));
+  EXPECT_NEAR(run(p, dtype(), in).out.read(0), want, want * (rounding(dtype()) + 2e-5));
+}
+
 TEST_P(Decode, ThreadsDoNotChangeABit) {
   const Problem p{2, 3, 2, 2, 700, 48, 1.0, 690, {0, 5, 100, 300, 17, 511}};
   const Inputs in(p, dtype(), 8);

@@ -58,6 +58,30 @@ TEST_P(NSoftmax, AFullyMaskedRowIsZero) {
   }
 }
 
+// n e^-shift: 0 * inf for n = 0, and inf for a tiny n.
+TEST_P(NSoftmax, LogitsFarBelowZero) {
+  Buffer logits(dtype(), 20);
+  for (size_t i = 0; i < 20; ++i) logits.set(i, -1024);
+  const Buffer plain = run(logits, dtype(), 1, 20, 0.0);
+  for (size_t i = 0; i < 20; ++i) EXPECT_NEAR(plain.read(i), 0.05, 0.05 * rounding(dtype()));
+  logits.set(0, -92);
+  const Buffer tiny = run(logits, dtype(), 1, 20, 1e-40);
+  const double want = 1 / (1 + 1e-40 * std::exp(92.0));
+  EXPECT_NEAR(tiny.read(0), want, 2e-5 * want + rounding(dtype()) * want);
+}
+
+TEST_P(NSoftmax, ANanSpoilsItsRowWhateverItsBits) {
+  for (const bool all : {false, true}) {
+    Buffer logits = Buffer::random(dtype(), 38, 5);
+    for (size_t i = 0; i < 19; i += all ? 1 : 19) {
+      // All ones: a NaN with every bit of its payload set.
+      std::memset(static_cast<char*>(logits.data()) + i * dtype_bytes(dtype()), 0xff, dtype_bytes(dtype()));
+    }
+    const Buffer out = run(logits, dtype(), 2, 19, 1.0);
+    for (size_t i = 0; i < 38; ++i) EXPECT_EQ(std::isnan(out.read(i)), i < 19) << i;
+  }
+}
+
 TEST_P(NSoftmax, ThreadsDoNotChangeABit) {
   const Buffer logits = Buffer::random(dtype(), 300 * 333, 3, 2.0);
   const Buffer one = run(logits, dtype(), 300, 333, 1.0);

@@ -40,6 +40,19 @@ def test_masked_rows_are_zero_and_huge_logits_are_safe(device):
         assert probs[1].tolist() == [1, 0, 0]
 
 
+def test_zero_n_far_below_zero(device):
+    logits = torch.tensor([[-200.0, -200.0], [-1e4, -2e4]], device=device)
+    assert csp_ext.n_softmax(logits, 0.0).tolist() == [[0.5, 0.5], [1, 0]]
+
+
+def test_a_nan_spoils_its_row(device):
+    bits = torch.tensor([0x7FC00000, 0x7F800001, -1], dtype=torch.int32, device=device)
+    for nan in bits.view(torch.float32):
+        logits = torch.stack([torch.zeros(20, device=device)] * 2)
+        logits[0, 3] = nan
+        assert csp_ext.n_softmax(logits).isnan().all(dim=1).tolist() == [True, False]
+
+
 def test_gradient():
     logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: csp_ext.n_softmax(x, 1.5), logits)

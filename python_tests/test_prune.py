@@ -229,8 +229,14 @@ def bad(match: str, **changes: object) -> object:
         bad("value must be float32, got bfloat16", value=torch.ones(2, 2, 40, 6, dtype=torch.bfloat16)),
         bad("value must have unit stride", value=torch.ones(2, 2, 6, 40).transpose(2, 3)),
         bad("modality must be int8, got int64", modality=torch.zeros(2, 40, dtype=torch.int64)),
-        bad(r"modality must have \[B, L\] = 40", modality=torch.zeros(2, 39, dtype=torch.int8)),
-        bad(r"query_modality must have \[B, O\] = 5", query_modality=torch.zeros(2, 4, dtype=torch.int8)),
+        bad(
+            r"modality must be \[B, L\] = \[2, 40\], got \[2, 39\]",
+            modality=torch.zeros(2, 39, dtype=torch.int8),
+        ),
+        bad(
+            r"query_modality must be \[B, O\] = \[2, 5\], got \[2, 4\]",
+            query_modality=torch.zeros(2, 4, dtype=torch.int8),
+        ),
         bad("lse must be float32, got float64", lse=torch.zeros(2, 4, 5, dtype=torch.float64)),
         bad("n must be finite and >= 0, got -1", n=-1.0),
         bad("scale must be finite, got nan", scale=float("nan")),

@@ -239,6 +239,31 @@ def test_compiles_with_dynamic_shapes(device):
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_given_lse_of_a_row_that_sees_nothing(dtype):
+    # Three padding keys in front: the first window queries see none, their lse is -inf.
+    modality = torch.tensor([[-1, -1, -1, 1, 0]], dtype=torch.int8)
+    query, key, _ = problem(5, dtype, length=5, window=4, kv_heads=1)
+    observing = torch.tensor([[1, 0, 1, 0]], dtype=torch.int8)
+    logits = torch.einsum("bhod,bhkd->bhok", query.double(), key.double()) * 0.25
+    seen = reference.visibility.visible_keys(modality, 4, True)[:, None]
+    lse = (
+        logits.masked_fill(~seen, -torch.inf)
+        .logsumexp(-1)
+        .to(torch.float64 if dtype == torch.float64 else torch.float32)
+    )
+    assert lse[0, 0, :2].tolist() == [-torch.inf] * 2
+    check(query, key, modality, query_modality=observing, scale=0.25, lse=lse)
+
+
+def test_a_row_of_nan_leaves_padding_at_zero():
+    query, key, modality = problem(3, torch.float32, padding=0.4)
+    query[0, 0] = torch.nan
+    self, cross = csp_ext.score(query, key, modality, query_modality=torch.ones(1, 6, dtype=torch.int8))
+    assert (self + cross)[0, 0][modality[0] >= 0][:30].isnan().any()
+    assert torch.equal((self + cross)[0, 0][modality[0] < 0], torch.zeros(int((modality < 0).sum())))
+
+
 GOOD = {
     "query": torch.ones(2, 4, 3, 8),
     "key": torch.ones(2, 2, 9, 8),
@@ -264,9 +289,9 @@ GOOD = {
         ),
         ({"key": torch.ones(2, 2, 8, 9).mT}, "key must have unit stride in its last dimension, got stride 9"),
         ({"modality": torch.zeros(2, 9)}, "modality must be int8, got float32"),
-        ({"modality": torch.zeros(2, 8, dtype=torch.int8)}, "modality must have"),
+        ({"modality": torch.zeros(2, 8, dtype=torch.int8)}, "modality must be"),
         ({"modality": torch.zeros(9, dtype=torch.int8)}, r"modality must be 2-D \[B, L\], got 1-D"),
-        ({"query_modality": torch.zeros(2, 9, dtype=torch.int8)}, "query_modality must have"),
+        ({"query_modality": torch.zeros(2, 9, dtype=torch.int8)}, "query_modality must be"),
         ({"query_modality": torch.zeros(2, 3, dtype=torch.int64)}, "query_modality must be int8, got int64"),
         ({"n": -1.0}, "n must be finite and >= 0, got -1"),
         ({"n": float("inf")}, "n must be finite and >= 0, got inf"),

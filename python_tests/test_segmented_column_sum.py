@@ -99,10 +99,19 @@ def bad(match: str, **changes: torch.Tensor) -> object:
         bad("attn must have unit stride.*got stride 5", attn=torch.ones(2, 3, 9, 5).transpose(2, 3)),
         bad(r"query_modality must be 2-D \[B, O\], got 1-D", query_modality=torch.zeros(5, dtype=torch.int8)),
         bad("query_modality must be int8, got int64", query_modality=torch.zeros(2, 5, dtype=torch.int64)),
-        bad("query_modality must have batch size = 2", query_modality=torch.zeros(1, 5, dtype=torch.int8)),
-        bad(r"query_modality must have \[B, O\] = 5", query_modality=torch.zeros(2, 4, dtype=torch.int8)),
+        bad(
+            r"query_modality must be \[B, O\] = \[2, 5\], got \[1, 5\]",
+            query_modality=torch.zeros(1, 5, dtype=torch.int8),
+        ),
+        bad(
+            r"query_modality must be \[B, O\] = \[2, 5\], got \[2, 4\]",
+            query_modality=torch.zeros(2, 4, dtype=torch.int8),
+        ),
         bad("key_modality must be int8, got bool", key_modality=torch.zeros(2, 9, dtype=torch.bool)),
-        bad(r"key_modality must have \[B, N\] = 9", key_modality=torch.zeros(2, 5, dtype=torch.int8)),
+        bad(
+            r"key_modality must be \[B, N\] = \[2, 9\], got \[2, 5\]",
+            key_modality=torch.zeros(2, 5, dtype=torch.int8),
+        ),
     ],
 )
 def test_bad_input(arguments, match):

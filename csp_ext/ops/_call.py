@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+# torch's own complaint about an argument that does not fit the schema
+_MISFIT = re.compile(
+    r"(?P<op>csp::\w+)\(\) Expected a value of type '(?P<want>[^']+)' for argument '(?P<name>\w+)' "
+    r"but instead found type '(?P<got>[^']+)'\.(?:\nPosition: \d+\nValue: (?P<value>.*))?"
+)
+_PLAIN = ("bool", "int", "float", "str")  # types whose value is worth showing
 
 
 def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -15,14 +24,65 @@ def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return op(*args, **kwargs)
     except RuntimeError as error:
-        message = str(error).split("\nException raised from")[0].split("\nC++ CapturedTraceback")[0]
-        if message.startswith("csp::") and "Expected a value of type" in message:
-            raise TypeError(message) from None
-        if message.startswith("csp::"):
-            raise ValueError(message) from None
-        raise
+        clearer = _clearer(error, op, args, kwargs)
+        if clearer is error:
+            raise
+        raise clearer from None
+
+
+def _clearer(error: RuntimeError, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception:
+    if isinstance(error, NotImplementedError):
+        return _no_kernel(error, op, args, kwargs)
+    message = str(error).split("\nException raised from")[0].split("\nC++ CapturedTraceback")[0]
+    if not message.startswith("csp::"):
+        return error
+    misfit = _MISFIT.match(message)
+    if misfit is not None:
+        return _misfit(misfit)
+    if message.endswith("got None"):
+        return TypeError(message)
+    return (MemoryError if ": out of memory" in message else ValueError)(message)
+
+
+def _misfit(match: re.Match[str]) -> Exception:
+    op, want, name, got = match.group("op", "want", "name", "got")
+    optional = want.startswith("Optional[")
+    want = want.removeprefix("Optional[").removesuffix("]")
+    value = f" {match['value']}" if got in _PLAIN else ""
+    if want == got == "int":
+        return ValueError(f"{op}: {name} must fit into 64 bits, got{value}")
+    got = "None" if got == "NoneType" else got
+    return TypeError(f"{op}: {name} must be {want}{' or None' if optional else ''}, got {got}{value}")
+
+
+def _no_kernel(
+    error: NotImplementedError, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Exception:
+    schema = op.default._schema
+    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    if not tensors:
+        return TypeError(f"{schema.name}: {schema.arguments[0].name} must be Tensor, got None")
+    for name, tensor in tensors.items():
+        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
+        if kind != "torch.strided":
+            return TypeError(f"{schema.name}: {name} must be a plain strided tensor, got a {kind} one")
+    devices = sorted({str(tensor.device) for tensor in tensors.values()})
+    if devices == ["cpu"]:
+        return error
+    return NotImplementedError(f"{schema.name}: there is no kernel for tensors on {' and '.join(devices)}")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of scores and log-sum-exps for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def same_device(op: str, **tensors: Tensor | None) -> None:
+    """Raise where a tensor is not on the first one's device: a fake must not answer what no kernel would."""
+    (first, like), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    for name, tensor in others:
+        if tensor.device != like.device:
+            raise RuntimeError(
+                f"csp::{op}: {name} must be on the device of {first} ({like.device}), got {tensor.device}"
+            )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csp_ext.ops._call import call
+from csp_ext.ops._call import call, same_device
 
 
 def compact(key: Tensor, value: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,6 +45,7 @@ def compact(key: Tensor, value: Tensor, indices: Tensor) -> tuple[Tensor, Tensor
 
 @torch.library.register_fake("csp::compact")
 def _fake(key: Tensor, value: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    same_device("compact", key=key, value=value, indices=indices)
     rows = (key.shape[0], key.shape[1], indices.shape[2])
     return key.new_empty((*rows, key.shape[3])), value.new_empty((*rows, value.shape[3]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csp_ext.ops._call import accumulate_dtype, call
+from csp_ext.ops._call import accumulate_dtype, call, same_device
 
 
 def decode(
@@ -71,5 +71,6 @@ def _fake(
     n: float = 1.0,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
+    same_device("decode", query=query, key=key, value=value, start=start, end=end)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     return out, query.new_empty(query.shape[:3], dtype=accumulate_dtype(query.dtype))

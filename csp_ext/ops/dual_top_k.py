@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csp_ext.ops._call import call
+from csp_ext.ops._call import call, same_device
 
 
 def dual_top_k(
@@ -56,4 +56,5 @@ def _fake(
     valid_self: Tensor | None = None,
     valid_cross: Tensor | None = None,
 ) -> Tensor:
+    same_device("dual_top_k", self=self, cross=cross, valid_self=valid_self, valid_cross=valid_cross)
     return self.new_empty(self.shape, dtype=torch.bool)

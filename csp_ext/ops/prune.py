@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csp_ext.ops._call import call
+from csp_ext.ops._call import call, same_device
 
 
 def prune(
@@ -117,6 +117,15 @@ def _fake(
     pool: str = "none",
     pool_kernel: int = 7,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    same_device(
+        "prune",
+        query=query,
+        key=key,
+        modality=modality,
+        query_modality=query_modality,
+        lse=lse,
+        value=value,
+    )
     batch, num_kv_heads = key.shape[0], key.shape[1]
     score_heads = 1 if heads == "shared" else num_kv_heads
     return (

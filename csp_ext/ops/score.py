@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csp_ext.ops._call import accumulate_dtype, call
+from csp_ext.ops._call import accumulate_dtype, call, same_device
 
 
 def score(
@@ -90,6 +90,7 @@ def _fake(
     causal: bool = True,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    same_device("score", query=query, key=key, modality=modality, query_modality=query_modality, lse=lse)
     rows = 1 if heads == "shared" else key.shape[1]
     shape = (query.shape[0], rows, key.shape[2])
     dtype = accumulate_dtype(query.dtype)

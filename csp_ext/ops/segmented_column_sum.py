@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csp_ext.ops._call import accumulate_dtype, call
+from csp_ext.ops._call import accumulate_dtype, call, same_device
 
 
 def segmented_column_sum(attn: Tensor, query_modality: Tensor, key_modality: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +40,7 @@ def segmented_column_sum(attn: Tensor, query_modality: Tensor, key_modality: Ten
 
 @torch.library.register_fake("csp::segmented_column_sum")
 def _fake(attn: Tensor, query_modality: Tensor, key_modality: Tensor) -> tuple[Tensor, Tensor]:
+    same_device("segmented_column_sum", attn=attn, query_modality=query_modality, key_modality=key_modality)
     shape = (attn.shape[0], attn.shape[1], attn.shape[3])
     dtype = accumulate_dtype(attn.dtype)
     return attn.new_empty(shape, dtype=dtype), attn.new_empty(shape, dtype=dtype)

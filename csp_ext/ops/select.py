@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csp_ext.ops._call import call
+from csp_ext.ops._call import call, same_device
 
 
 def select(
@@ -111,6 +111,7 @@ def _fake(
     pool_kernel: int = 7,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
+    same_device("select", self=self, cross=cross, modality=modality, query_modality=query_modality)
     batch, heads, _ = self.shape
     indices = self.new_empty((batch, heads, budget), dtype=torch.int32)
     return indices, self.new_empty((batch, heads), dtype=torch.int32)

@@ -81,7 +81,8 @@ def pooled(values: torch.Tensor, modality: torch.Tensor, pool: str, pool_kernel:
     The candidates form one sequence in position order. Neighbours are counted in that sequence, so padding
     between two of them changes nothing and a padded row equals the row alone. A run is a maximal stretch of
     it with one modality. Element j becomes the maximum, or the mean over the elements present, of the at most
-    ``pool_kernel`` candidates within ``pool_kernel // 2`` steps of j that stand in j's run.
+    ``pool_kernel`` candidates within ``pool_kernel // 2`` steps of j that stand in j's run. The maximum
+    passes over a NaN where it can.
 
     Parameters
     ----------
@@ -109,5 +110,7 @@ def pooled(values: torch.Tensor, modality: torch.Tensor, pool: str, pool_kernel:
     inside &= run[neighbour] == run[:, None]
     window = values[neighbour]
     if pool == "max":
-        return window.masked_fill(~inside, -torch.inf).amax(dim=1)
+        nan = window.isnan()
+        largest = window.masked_fill(~inside | nan, -torch.inf).amax(dim=1)
+        return largest.masked_fill((nan | ~inside).all(dim=1), torch.nan)
     return window.masked_fill(~inside, 0).sum(dim=1) / inside.sum(dim=1)

@@ -8,6 +8,8 @@ import torch
 def descending_order(values: torch.Tensor, tie: torch.Tensor | None = None) -> torch.Tensor:
     """Order positions by value, larger first; ties by the larger ``tie``, then by the later position.
 
+    A NaN, as value or as tie, comes last.
+
     Parameters
     ----------
     values, tie : Tensors [N]
@@ -19,8 +21,13 @@ def descending_order(values: torch.Tensor, tie: torch.Tensor | None = None) -> t
     """
     order = torch.arange(values.numel() - 1, -1, -1, device=values.device)
     if tie is not None:
-        order = order[torch.sort(tie[order], descending=True, stable=True).indices]
-    return order[torch.sort(values[order], descending=True, stable=True).indices]
+        order = _sorted(order, tie)
+    return _sorted(order, values)
+
+
+def _sorted(order: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    order = order[torch.sort(values[order], descending=True, stable=True).indices]
+    return order[torch.sort(values[order].isnan(), stable=True).indices]
 
 
 def ranks(values: torch.Tensor, valid: torch.Tensor, tie: torch.Tensor | None = None) -> torch.Tensor:

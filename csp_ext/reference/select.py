@@ -125,7 +125,8 @@ def final_order(row: Candidates, cross_ratio: float, combine: str) -> torch.Tens
     neither = ~(row.valid_self | row.valid_cross)
     if combine == "calibrated" and 0 < p < 1000:
         key = (1000 - p) * _share(row.self, row.valid_self) + p * _share(row.cross, row.valid_cross)
-        return descending_order(key.masked_fill(neither, -torch.inf), row.tie)
+        order = descending_order(key.masked_fill(neither, -torch.inf), row.tie)
+        return order[torch.sort(neither[order], stable=True).indices]
     rank_self = ranks(row.self, row.valid_self, row.tie)
     rank_cross = ranks(row.cross, row.valid_cross, row.tie)
     small, large = combined_keys(rank_self, rank_cross, row, p)
@@ -151,10 +152,12 @@ def combined_keys(
 
 
 def _share(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Each valid value over the sum of the valid ones; zeros where that sum is not positive."""
+    """Each valid value over the sum of the valid ones that are numbers; zeros where it is not positive."""
     values = values.masked_fill(~valid, 0)
-    total = values.sum()
-    return values / total if total > 0 else torch.zeros_like(values)
+    total = values.nansum()
+    share = values / total if total > 0 else torch.zeros_like(values)
+    # an infinite score stays one, though its share of an infinite sum is not a number
+    return torch.where(values.isfinite(), share, values)
 
 
 def _check(

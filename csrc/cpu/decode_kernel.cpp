@@ -192,6 +192,8 @@ void sum_splits(const DecodeParams& p, const DecodePlan& plan, const double* fac
 template <typename T, typename Acc>
 void merge_of(const DecodeParams& p, const DecodePlan& plan, int64_t head, Acc* partials) {
   const Acc inf = static_cast<Acc>(__builtin_inf());
+  // n e^-shift is computed as e^(log n - shift): of a tiny n the product would be 0 * inf.
+  const double log_n = p.n > 0 ? __builtin_log(p.n) : -__builtin_inf();
   for (int64_t r = 0; r < plan.rows; ++r) {
     Acc* const tops = partials + r;
     const Acc* const sums = tops + plan.rows;
@@ -206,8 +208,7 @@ void merge_of(const DecodeParams& p, const DecodePlan& plan, int64_t head, Acc* 
       tops[s] = factor;
     }
     // sigmoid(lse - log n) / total, in one division.
-    const Acc n = static_cast<Acc>(p.n);
-    const Acc inverse = total == 0 ? 0 : 1 / (total + (n > 0 ? n * exp_of(-shift) : 0));
+    const Acc inverse = total == 0 ? 0 : 1 / (total + static_cast<Acc>(__builtin_exp(log_n - shift)));
     const int64_t row = head * plan.rows + r;
     sum_splits(p, plan, tops, partials + 2 * plan.rows + r * plan.width, inverse,
                static_cast<T*>(p.out) + row * p.head_dim);

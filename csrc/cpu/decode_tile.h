@@ -91,8 +91,8 @@ struct Block {
   bool first;              // of the tile: fetches the rows ahead
 };
 
-// NOTE: where head_dim is not whole vectors, the last one overlaps the one before; its query lanes there are
-// zero.
+// NOTE: where head_dim is not whole vectors, the last one overlaps the one before; the lanes of queries and
+// keys there are zero.
 CSP_INLINE int64_t column_of(int64_t slot, int64_t head_dim) {
   return slot + kLanes <= head_dim ? slot : head_dim - kLanes;
 }
@@ -120,17 +120,29 @@ CSP_INLINE void logits_of(const Block& block, const Tile<T>& t) {
         row[i] = t.key + slot * t.key_step;
         if (j + c + i + t.ahead < fetched) fetch(row[i] + t.ahead * t.key_step, t.head_dim);
       }
-      for (int64_t d = 0; d < t.head_dim; d += kLanes) {
-        const int64_t column = column_of(d, t.head_dim);
-        vfloat key[kStep];
-#pragma GCC unroll 16
-        for (int i = 0; i < kStep; ++i) key[i] = load(row[i] + column);
+      const auto multiply = [&](int64_t d, const vfloat* key) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const vfloat query = load(block.query + r * t.width + d);
 #pragma GCC unroll 16
           for (int i = 0; i < kStep; ++i) sums[r * C + c + i] += query * key[i];
         }
+      };
+      vfloat key[kStep];
+      const int64_t whole = t.head_dim / kLanes * kLanes;
+      for (int64_t d = 0; d < whole; d += kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kStep; ++i) key[i] = load(row[i] + d);
+        multiply(d, key);
+      }
+      if (whole < t.head_dim) {
+        // Lanes that were multiplied already are zeroed: an infinite key times a query's zero is no number.
+        const int64_t column = t.head_dim - kLanes;
+        vint fresh{};
+        for (int lane = 0; lane < kLanes; ++lane) fresh[lane] = column + lane >= whole ? -1 : 0;
+#pragma GCC unroll 16
+        for (int i = 0; i < kStep; ++i) key[i] = blend(fresh, load(row[i] + column), vfloat{});
+        multiply(whole, key);
       }
     }
     store(block.logits + j / C * kLanes, transposed_sum(sums));
@@ -159,17 +171,13 @@ CSP_INLINE vfloat softmax_of(const Block& block, int64_t keys) {
   const vfloat shift = blend(top == set1(-kInf), vfloat{}, top);
   const vfloat shrink = vexp(before - shift);
   vfloat sum = load(block.sum) * shrink;
-  vint nan{};
   for (int64_t i = 0; i < vectors; ++i) {
-    const vfloat x = load(block.logits + i * kLanes) - shift;
-    nan |= x != x;
-    const vfloat weight = vexp(x);
+    const vfloat weight = vexp(load(block.logits + i * kLanes) - shift);
     sum += weight;
     store(block.logits + i * kLanes, weight);
   }
   store(block.top, top);
-  // NOTE: vexp makes a number of a nan with a payload; a logit that is one must spoil its row.
-  store(block.sum, blend(nan, set1(__builtin_nanf("")), sum));
+  store(block.sum, sum);
   return shrink;
 }
 

@@ -14,14 +14,11 @@ CSP_INLINE void for_each_vector(int64_t cols, Fn fn) {
 }
 
 template <typename T>
-void row_of(const T* x, T* out, int64_t cols, float n) {
+void row_of(const T* x, T* out, int64_t cols, double log_n) {
   vfloat top = set1(-kInf);
   for_each_vector(cols, [&](int64_t j, int64_t count) { top = vmax(load_n(x + j, count, -kInf), top); });
-  float shift = hmax(top);
-  if (n > 0) {
-    const float log_n = __builtin_logf(n);
-    shift = log_n > shift ? log_n : shift;
-  }
+  const float highest = hmax(top), least = static_cast<float>(log_n);
+  float shift = least > highest ? least : highest;
   if (shift == -kInf) shift = 0;
 
   vfloat sums{};
@@ -31,9 +28,9 @@ void row_of(const T* x, T* out, int64_t cols, float n) {
     // float32 has room for the exponentials themselves; a narrower type would round them twice.
     if constexpr (sizeof(T) == sizeof(float)) store_n(out + j, e, count);
   });
-  const float sum = n * __builtin_expf(-shift) + hsum(sums);
+  const float sum = static_cast<float>(__builtin_exp(log_n - shift)) + hsum(sums);
 
-  const float inverse = sum > 0 ? 1 / sum : 0;
+  const float inverse = sum == 0 ? 0 : 1 / sum;  // a NaN goes on to the whole row
   for_each_vector(cols, [&](int64_t j, int64_t count) {
     if constexpr (sizeof(T) == sizeof(float)) {
       store_n(out + j, load_n(out + j, count, 0) * inverse, count);
@@ -43,20 +40,22 @@ void row_of(const T* x, T* out, int64_t cols, float n) {
   });
 }
 
-void row_of(const double* x, double* out, int64_t cols, double n) {
-  double shift = n > 0 ? __builtin_log(n) : -__builtin_inf();
+void row_of(const double* x, double* out, int64_t cols, double log_n) {
+  double shift = log_n;
   for (int64_t j = 0; j < cols; ++j) shift = x[j] > shift ? x[j] : shift;
   if (shift == -__builtin_inf()) shift = 0;
-  double sum = n * __builtin_exp(-shift);
+  double sum = __builtin_exp(log_n - shift);
   for (int64_t j = 0; j < cols; ++j) sum += __builtin_exp(x[j] - shift);
-  for (int64_t j = 0; j < cols; ++j) out[j] = sum > 0 ? __builtin_exp(x[j] - shift) / sum : 0;
+  for (int64_t j = 0; j < cols; ++j) out[j] = sum == 0 ? 0 : __builtin_exp(x[j] - shift) / sum;
 }
 
-template <typename T, typename N>
+template <typename T>
 void rows_of(const NSoftmaxParams& p, int64_t begin, int64_t end) {
+  // n e^-shift is computed as e^(log n - shift): for n = 0 or a tiny n the product would be 0 * inf.
+  const double log_n = p.n > 0 ? __builtin_log(p.n) : -__builtin_inf();
   for (int64_t row = begin; row < end; ++row) {
     row_of(static_cast<const T*>(p.logits) + row * p.cols, static_cast<T*>(p.out) + row * p.cols, p.cols,
-           static_cast<N>(p.n));
+           log_n);
   }
 }
 
@@ -65,13 +64,13 @@ void rows_of(const NSoftmaxParams& p, int64_t begin, int64_t end) {
 void n_softmax_rows(const NSoftmaxParams& params, int64_t begin, int64_t end) {
   switch (params.dtype) {
     case DType::kFloat32:
-      return rows_of<float, float>(params, begin, end);
+      return rows_of<float>(params, begin, end);
     case DType::kFloat16:
-      return rows_of<Float16, float>(params, begin, end);
+      return rows_of<Float16>(params, begin, end);
     case DType::kBFloat16:
-      return rows_of<BFloat16, float>(params, begin, end);
+      return rows_of<BFloat16>(params, begin, end);
     case DType::kFloat64:
-      return rows_of<double, double>(params, begin, end);
+      return rows_of<double>(params, begin, end);
   }
 }
 

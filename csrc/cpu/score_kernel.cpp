@@ -91,9 +91,12 @@ void add_columns(const Tile& tile, const float* e, const vfloat* weight, const i
     for (int v = 0; v < kVecs; ++v) own[v] = blend(tile.modality[v] == every(wanted), weight[v], vfloat{});
     for (int64_t k = 0; k < count; k += kLanes) {
       const vfloat sums = column_sums(e + k * kRows, own);
-      const vint same = load_modality(modality + k) == every(wanted);
+      const vint of = load_modality(modality + k);
+      const vint same = of == every(wanted);
+      // Padding gets nothing, not even 0 * nan.
+      const vint other = (of != every(wanted)) & (of >= 0);
       store_n(self + k, load_n(self + k, count - k, 0) + blend(same, sums, vfloat{}), count - k);
-      store_n(cross + k, load_n(cross + k, count - k, 0) + blend(same, vfloat{}, sums), count - k);
+      store_n(cross + k, load_n(cross + k, count - k, 0) + blend(other, sums, vfloat{}), count - k);
     }
   }
 }
@@ -136,10 +139,12 @@ void score_tile(const ScoreParams& p, const ScorePlan& plan, const ScoreScratch&
 
   if (p.lse != nullptr) {
     // The normaliser is known: a block is added up at once.
-    vfloat weight[kVecs];
+    vfloat weight[kVecs], lse[kVecs];
     for (int v = 0; v < kVecs; ++v) {
-      const vfloat odds = vexp(vmin(set1(88.0f), log_n - tile.lse[v]));
-      weight[v] = blend(tile.lse[v] == set1(-kInf), vfloat{}, mean / (1.0f + odds));
+      // A row that sees nothing weighs zero; -inf - -inf would make that 0 * nan.
+      const vint blind = tile.lse[v] == set1(-kInf);
+      lse[v] = blend(blind, vfloat{}, tile.lse[v]);
+      weight[v] = blend(blind, vfloat{}, mean / (1.0f + vexp(vmin(set1(88.0f), log_n - lse[v]))));
     }
     for (int64_t begin = 0; begin < tile.limit; begin += kBlock) {
       if (s.real[begin / kBlock] == 0) continue;
@@ -147,7 +152,7 @@ void score_tile(const ScoreParams& p, const ScorePlan& plan, const ScoreScratch&
       for (int64_t k = 0; k < kBlock; ++k) {
         for (int v = 0; v < kVecs; ++v) {
           float* at = z + k * kRows + v * kLanes;
-          store(at, vexp(vmin(set1(88.0f), load(at) - tile.lse[v])));
+          store(at, vexp(vmin(set1(88.0f), load(at) - lse[v])));
         }
       }
       add(begin, z, weight);

@@ -187,10 +187,10 @@ CSP_INLINE float hmax(vfloat v) {
   return best;
 }
 
-// e^x for x <= 88: relative error below 2e-7; anything under -87 (and -inf) gives 0.
+// e^x for x <= 88: relative error below 2e-7; anything under -87 (and -inf) gives 0, a NaN stays one.
 CSP_INLINE vfloat vexp(vfloat x) {
-  const vfloat clamped = vmax(set1(-87.0f), x);  // in this order a NaN stays one
-  const vfloat magic = set1(0x1.8p23f);
+  const vfloat clamped = vmax(set1(-87.0f), x);   // in this order a NaN stays one
+  const vfloat magic = set1(0x1.8p23f + 127.0f);  // leaves the biased exponent in the low bits
   const vfloat shifted = clamped * 1.44269504f + magic;
   const vfloat k = shifted - magic;
   const vfloat r = clamped - k * 0.693145752f - k * 1.42860677e-6f;  // |r| <= ln(2) / 2
@@ -200,8 +200,9 @@ CSP_INLINE vfloat vexp(vfloat x) {
   p = p * r + 1.6666543e-1f;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.0f;
-  const vint exponent = ((vint)shifted - (vint)magic) << 23;
-  return blend(x < set1(-87.0f), vfloat{}, (vfloat)((vint)p + exponent));
+  // Multiplied: added to the bits, the power would turn a NaN with a payload into a number.
+  const vfloat power = (vfloat)((vint)shifted << 23);
+  return blend(x < set1(-87.0f), vfloat{}, p * power);
 }
 
 }  // namespace csp::CSP_ISA

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cmath>
+
 #include <cuda_runtime.h>
 
 #include "csp/n_softmax.h"
@@ -31,7 +33,7 @@ __device__ float block_reduce(float value, float* shared, Op op) {
 // One block per row, grid-stride over rows.
 template <typename T>
 __global__ void __launch_bounds__(kNSoftmaxThreads)
-    n_softmax_kernel(const T* logits, T* out, int64_t rows, int64_t cols, float n, float log_n) {
+    n_softmax_kernel(const T* logits, T* out, int64_t rows, int64_t cols, float log_n) {
   __shared__ float shared[kNSoftmaxThreads / 32];
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const T* x = logits + row * cols;
@@ -44,9 +46,10 @@ __global__ void __launch_bounds__(kNSoftmaxThreads)
 
     float sum = 0;
     for (int64_t j = threadIdx.x; j < cols; j += kNSoftmaxThreads) sum += __expf(to_float(x[j]) - shift);
-    sum = block_reduce(sum, shared, [](float a, float b) { return a + b; }) + n * __expf(-shift);
+    // n e^-shift as e^(log n - shift): for n = 0 or a tiny n the product would be 0 * inf.
+    sum = block_reduce(sum, shared, [](float a, float b) { return a + b; }) + __expf(log_n - shift);
 
-    const float inverse = sum > 0 ? 1 / sum : 0;
+    const float inverse = sum == 0 ? 0 : 1 / sum;  // a NaN goes on to the whole row
     for (int64_t j = threadIdx.x; j < cols; j += kNSoftmaxThreads) {
       y[j] = from_float<T>(__expf(to_float(x[j]) - shift) * inverse);
     }
@@ -57,10 +60,10 @@ template <typename T>
 cudaError_t launch_n_softmax(const NSoftmaxParams& params, cudaStream_t stream) {
   constexpr int64_t kMaxBlocks = 1 << 20;
   const auto blocks = static_cast<unsigned>(params.rows < kMaxBlocks ? params.rows : kMaxBlocks);
-  const auto n = static_cast<float>(params.n);
+  const double log_n = params.n > 0 ? std::log(params.n) : -INFINITY;
   n_softmax_kernel<T><<<blocks, kNSoftmaxThreads, 0, stream>>>(static_cast<const T*>(params.logits),
                                                                static_cast<T*>(params.out), params.rows,
-                                                               params.cols, n, n > 0 ? logf(n) : -INFINITY);
+                                                               params.cols, static_cast<float>(log_n));
   return cudaGetLastError();
 }
 

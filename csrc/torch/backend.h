@@ -4,13 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "checks.h"
 #include "csp/parallel.h"
 
 #ifdef CSP_CUDA
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
-
-#include "checks.h"
 #endif
 
 // Each binding file is compiled once per backend; this header holds all that differs between the two.
@@ -18,17 +17,24 @@
 
 namespace csp {
 
-using torch::stable::Tensor;
+inline Tensor empty(const char* op, const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                    ScalarType type) {
+  try {
+    return torch::stable::empty(sizes, type, std::nullopt, like.device());
+  } catch (const std::exception&) {
+    // The C API of torch drops the reason and names one of its headers instead.
+    fail(op, "out of memory: no room for a new ", name_of(type), " tensor ", shape_of(sizes));
+  }
+}
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes,
-                    torch::headeronly::ScalarType type) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type,
-                              std::nullopt, like.device());
+inline Tensor empty(const char* op, const Tensor& like, std::initializer_list<int64_t> sizes,
+                    ScalarType type) {
+  return empty(op, like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
 }
 
 // Scratch memory of the caller's allocator; freed when the tensor goes out of scope.
-inline Tensor workspace(const Tensor& like, size_t bytes) {
-  return empty(like, {static_cast<int64_t>(bytes)}, torch::headeronly::ScalarType::Byte);
+inline Tensor workspace(const char* op, const Tensor& like, size_t bytes) {
+  return empty(op, like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
 #ifdef CSP_CUDA

@@ -34,12 +34,15 @@ template <typename... Parts>
     if (!(condition)) ::csp::fail(op, __VA_ARGS__); \
   } while (false)
 
-inline std::string shape_of(const Tensor& tensor) {
+inline std::string shape_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::ostringstream out;
   out << '[';
-  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "") << tensor.size(i);
+  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
   out << ']';
   return out.str();
+}
+inline std::string shape_of(const Tensor& tensor) {
+  return shape_of(tensor.sizes());
 }
 
 inline std::string name_of(ScalarType type) {
@@ -64,6 +67,14 @@ inline std::string name_of(ScalarType type) {
       return "int64";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
     default:
       return "torch scalar type " + std::to_string(static_cast<int>(type));
   }
@@ -78,7 +89,22 @@ inline std::string name_of(const torch::stable::Device& device) {
 
 // ---- tensors ----
 
+inline Tensor contiguous(const char* op, const char* name, const Tensor& t) {
+  try {
+    return torch::stable::contiguous(t);
+  } catch (const std::exception&) {
+    // The C API of torch drops the reason and names one of its headers instead.
+    fail(op, "out of memory: no room for a contiguous copy of ", name, " ", shape_of(t));
+  }
+}
+
+// torch hands None over as an undefined tensor.
+inline void check_defined(const char* op, const char* name, const Tensor& t) {
+  CSP_CHECK(t.defined(), op, name, " must be a tensor, got None");
+}
+
 inline void check_rank(const char* op, const char* name, const Tensor& t, int64_t rank, const char* shape) {
+  check_defined(op, name, t);
   CSP_CHECK(t.dim() == rank, op, name, " must be ", rank, "-D ", shape, ", got ", t.dim(), "-D ",
             shape_of(t));
 }
@@ -95,9 +121,17 @@ inline void check_device(const char* op, const char* name, const Tensor& t, cons
             name_of(like.device()), "), got ", name_of(t.device()));
 }
 
+inline ScalarType type_of(const char* op, const char* name, const Tensor& t) {
+  try {
+    return t.scalar_type();
+  } catch (const std::exception&) {
+    fail(op, name, " has a dtype that torch's stable ABI does not know (as float4, float8_e8m0fnu, int4)");
+  }
+}
+
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
-  CSP_CHECK(t.scalar_type() == want, op, name, " must be ", name_of(want), ", got ",
-            name_of(t.scalar_type()));
+  const ScalarType type = type_of(op, name, t);
+  CSP_CHECK(type == want, op, name, " must be ", name_of(want), ", got ", name_of(type));
 }
 
 inline void check_unit_stride(const char* op, const char* name, const Tensor& t) {
@@ -119,13 +153,14 @@ inline Tensor check_modality(const char* op, const char* name, const Tensor& t, 
   check_rank(op, name, t, 2, shape);
   check_dtype(op, name, t, ScalarType::Char);
   check_device(op, name, t, like, like_name);
-  check_size(op, name, t, 0, batch, "batch size");
-  check_size(op, name, t, 1, length, shape);
-  return torch::stable::contiguous(t);
+  CSP_CHECK(t.size(0) == batch && t.size(1) == length, op, name, " must be ", shape, " = [", batch, ", ",
+            length, "], got ", shape_of(t));
+  return contiguous(op, name, t);
 }
 
 inline DType floating_dtype(const char* op, const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
+  const ScalarType type = type_of(op, name, t);
+  switch (type) {
     case ScalarType::Float:
       return DType::kFloat32;
     case ScalarType::Half:
@@ -137,7 +172,7 @@ inline DType floating_dtype(const char* op, const char* name, const Tensor& t) {
                 " is float64, which the CUDA kernels do not take; use csp_ext.reference.", op);
       return DType::kFloat64;
     default:
-      fail(op, name, " must be float32, float16, bfloat16 or (CPU) float64, got ", name_of(t.scalar_type()));
+      fail(op, name, " must be float32, float16, bfloat16 or (CPU) float64, got ", name_of(type));
   }
 }
 
@@ -167,6 +202,8 @@ inline void check_n(const char* op, double n) {
 inline double check_scale(const char* op, std::optional<double> scale, int64_t head_dim) {
   const double value = scale.value_or(head_dim > 0 ? 1.0 / std::sqrt(static_cast<double>(head_dim)) : 1.0);
   CSP_CHECK(std::isfinite(value), op, "scale must be finite, got ", value);
+  CSP_CHECK(std::abs(value) <= std::numeric_limits<float>::max(), op, "scale must fit into float32, got ",
+            value);
   return value;
 }
 

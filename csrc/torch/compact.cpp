@@ -30,9 +30,9 @@ std::tuple<Tensor, Tensor> compact(const Tensor& key, const Tensor& value, const
   check_compact(op, key, value);
   check_indices(op, indices, key);
 
-  const Tensor rows = torch::stable::contiguous(indices);
-  Tensor key_out = empty_compacted(key, rows.size(2));
-  Tensor value_out = empty_compacted(value, rows.size(2));
+  const Tensor rows = contiguous(op, "indices", indices);
+  Tensor key_out = empty_compacted(op, key, rows.size(2));
+  Tensor value_out = empty_compacted(op, value, rows.size(2));
   const CompactParams params = fill_compact_params(key, value, rows, key_out, value_out);
   check_values(op, params);
   compact_cpu(params, torch_parallel());

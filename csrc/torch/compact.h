@@ -12,7 +12,7 @@ inline void check_compact(const char* op, const Tensor& key, const Tensor& value
   check_rank(op, "key", key, 4, "[B, Hkv, L, D]");
   check_rank(op, "value", value, 4, "[B, Hkv, L, Dv]");
   check_device(op, "value", value, key, "key");
-  check_dtype(op, "value", value, key.scalar_type());
+  check_dtype(op, "value", value, type_of(op, "key", key));
   check_size(op, "value", value, 0, key.size(0), "key's batch size");
   check_size(op, "value", value, 1, key.size(1), "key's heads");
   check_size(op, "value", value, 2, key.size(2), "key's length");
@@ -43,8 +43,8 @@ inline CompactParams fill_compact_params(const Tensor& key, const Tensor& value,
   return params;
 }
 
-inline Tensor empty_compacted(const Tensor& cache, int64_t budget) {
-  return empty(cache, {cache.size(0), cache.size(1), budget, cache.size(3)}, cache.scalar_type());
+inline Tensor empty_compacted(const char* op, const Tensor& cache, int64_t budget) {
+  return empty(op, cache, {cache.size(0), cache.size(1), budget, cache.size(3)}, cache.scalar_type());
 }
 
 }  // namespace csp

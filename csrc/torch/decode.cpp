@@ -98,14 +98,14 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key, const 
                                   double n, std::optional<double> scale) {
   DecodeParams params = params_of(query, key, value, start, end, n, scale);
   check_range(params);
-  Tensor out =
-      empty(query, {params.batch, params.num_heads, params.queries, params.head_dim}, query.scalar_type());
-  Tensor lse = empty(query, {params.batch, params.num_heads, params.queries},
+  Tensor out = empty(op, query, {params.batch, params.num_heads, params.queries, params.head_dim},
+                     query.scalar_type());
+  Tensor lse = empty(op, query, {params.batch, params.num_heads, params.queries},
                      scalar_type_of(accumulate_dtype(params.dtype)));
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr();
   const Parallel parallel = torch_parallel();
-  const Tensor scratch = workspace(query, decode_cpu_workspace_bytes(params, parallel.num_threads));
+  const Tensor scratch = workspace(op, query, decode_cpu_workspace_bytes(params, parallel.num_threads));
   decode_cpu(params, scratch.mutable_data_ptr(), parallel);
   return {out, lse};
 }

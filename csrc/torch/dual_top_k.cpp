@@ -17,7 +17,7 @@ Tensor check_mask(const char* op, const char* name, const Tensor& mask, const Te
   }
   CSP_CHECK(broadcasts, op, name, " must broadcast to the shape of self ", shape_of(scores), ", got ",
             shape_of(mask));
-  Tensor full = torch::stable::new_empty(scores, scores.sizes(), ScalarType::Bool);
+  Tensor full = empty(op, scores, scores.sizes(), ScalarType::Bool);
   torch::stable::copy_(full, mask);
   return full;
 }
@@ -25,6 +25,8 @@ Tensor check_mask(const char* op, const char* name, const Tensor& mask, const Te
 Tensor dual_top_k(const Tensor& self, const Tensor& cross, int64_t k_self, int64_t k_cross,
                   std::string combine, std::optional<Tensor> valid_self, std::optional<Tensor> valid_cross) {
   constexpr const char* op = "dual_top_k";
+  check_defined(op, "self", self);
+  check_defined(op, "cross", cross);
   CSP_CHECK(self.dim() >= 1, op, "self must have at least one dimension, got a scalar");
   DualTopKParams params;
   params.dtype = floating_dtype(op, "self", self);
@@ -43,10 +45,10 @@ Tensor dual_top_k(const Tensor& self, const Tensor& cross, int64_t k_self, int64
             "combine must be \"intersection\" or \"union\", got \"calibrated\"");
   params.rows = params.keys > 0 ? self.numel() / params.keys : 0;
 
-  const Tensor own = torch::stable::contiguous(self), other = torch::stable::contiguous(cross);
+  const Tensor own = contiguous(op, "self", self), other = contiguous(op, "cross", cross);
   if (valid_self) valid_self = check_mask(op, "valid_self", *valid_self, self);
   if (valid_cross) valid_cross = check_mask(op, "valid_cross", *valid_cross, self);
-  Tensor mask = torch::stable::new_empty(self, self.sizes(), ScalarType::Bool);
+  Tensor mask = empty(op, self, self.sizes(), ScalarType::Bool);
   params.self = own.const_data_ptr();
   params.cross = other.const_data_ptr();
   params.valid_self = valid_self ? static_cast<const bool*>(valid_self->const_data_ptr()) : nullptr;
@@ -54,7 +56,7 @@ Tensor dual_top_k(const Tensor& self, const Tensor& cross, int64_t k_self, int64
   params.mask = static_cast<bool*>(mask.mutable_data_ptr());
 
   const Parallel parallel = torch_parallel();
-  const Tensor scratch = workspace(self, dual_top_k_cpu_workspace_bytes(params, parallel.num_threads));
+  const Tensor scratch = workspace(op, self, dual_top_k_cpu_workspace_bytes(params, parallel.num_threads));
   dual_top_k_cpu(params, scratch.mutable_data_ptr(), parallel);
   return mask;
 }

@@ -11,10 +11,11 @@ Tensor n_softmax(const Tensor& logits, double n) {
   CSP_CHECK(logits.dim() >= 1, op, "logits must have at least one dimension, got a scalar");
   check_n(op, n);
 
-  const Tensor input = torch::stable::contiguous(logits);
-  Tensor out = torch::stable::empty_like(input);
+  const DType dtype = floating_dtype(op, "logits", logits);
+  const Tensor input = contiguous(op, "logits", logits);
+  Tensor out = empty(op, input, input.sizes(), input.scalar_type());
   NSoftmaxParams params;
-  params.dtype = floating_dtype(op, "logits", logits);
+  params.dtype = dtype;
   params.logits = input.const_data_ptr();
   params.out = out.mutable_data_ptr();
   params.cols = logits.size(logits.dim() - 1);

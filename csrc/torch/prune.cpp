@@ -33,16 +33,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prune(
   fill_options(op, {budget, recent, cross_ratio, combine, k_self, k_cross, pool, pool_kernel, causal},
                select.window, select);
 
-  Tensor indices = empty(key, {select.batch, select.score_heads, budget}, ScalarType::Int);
-  Tensor lengths = empty(key, {select.batch, select.score_heads}, ScalarType::Int);
-  Tensor key_out = empty_compacted(key, budget);
-  Tensor value_out = empty_compacted(value, budget);
+  Tensor indices = empty(op, key, {select.batch, select.score_heads, budget}, ScalarType::Int);
+  Tensor lengths = empty(op, key, {select.batch, select.score_heads}, ScalarType::Int);
+  Tensor key_out = empty_compacted(op, key, budget);
+  Tensor value_out = empty_compacted(op, value, budget);
   select.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   select.lengths = static_cast<int32_t*>(lengths.mutable_data_ptr());
   params.compact = fill_compact_params(key, value, indices, key_out, value_out);
 
   const Parallel parallel = torch_parallel();
-  Tensor scratch = workspace(key, prune_cpu_workspace_bytes(params, parallel.num_threads));
+  Tensor scratch = workspace(op, key, prune_cpu_workspace_bytes(params, parallel.num_threads));
   prune_cpu(params, scratch.mutable_data_ptr(), parallel);
   return {key_out, value_out, indices, lengths};
 }

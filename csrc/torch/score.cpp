@@ -9,17 +9,18 @@ std::tuple<Tensor, Tensor> score(const Tensor& query, const Tensor& key, const T
                                  const std::optional<Tensor>& query_modality, double n,
                                  std::optional<double> scale, std::string heads, bool causal,
                                  const std::optional<Tensor>& lse) {
+  constexpr const char* op = "score";
   ScoreInputs inputs =
-      fill_score_params("score", query, key, modality, query_modality, n, scale, heads, causal, lse);
+      fill_score_params(op, query, key, modality, query_modality, n, scale, heads, causal, lse);
   ScoreParams& params = inputs.params;
   const ScalarType type = scalar_type_of(accumulate_dtype(params.dtype));
-  Tensor self = empty(query, {params.batch, inputs.score_heads(), params.keys}, type);
-  Tensor cross = empty(query, {params.batch, inputs.score_heads(), params.keys}, type);
+  Tensor self = empty(op, query, {params.batch, inputs.score_heads(), params.keys}, type);
+  Tensor cross = empty(op, query, {params.batch, inputs.score_heads(), params.keys}, type);
   params.self = self.mutable_data_ptr();
   params.cross = cross.mutable_data_ptr();
 
   const Parallel parallel = torch_parallel();
-  Tensor scratch = workspace(query, score_cpu_workspace_bytes(params, parallel.num_threads));
+  Tensor scratch = workspace(op, query, score_cpu_workspace_bytes(params, parallel.num_threads));
   score_cpu(params, scratch.mutable_data_ptr(), parallel);
   return {self, cross};
 }

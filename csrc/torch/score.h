@@ -21,6 +21,16 @@ struct ScoreInputs {
   int64_t score_heads() const { return params.heads == Heads::kShared ? 1 : params.num_kv_heads; }
 };
 
+// Sizes that only a stride of 0 can reach would overflow the byte counts of the workspace.
+inline void check_volume(const char* op, const Tensor& query, const Tensor& key) {
+  double products = 1;
+  for (const int64_t size : {query.size(0), query.size(1), query.size(2), query.size(3), key.size(2)}) {
+    products *= size > 1 ? static_cast<double>(size) : 1;
+  }
+  CSP_CHECK(products <= 0x1p56, op, "query ", shape_of(query), " and key ", shape_of(key),
+            " must give at most 2^56 products, got ", products);
+}
+
 inline void check_query_and_key(const char* op, const Tensor& query, const Tensor& key) {
   check_rank(op, "query", query, 4, "[B, Hq, O, D]");
   check_rank(op, "key", key, 4, "[B, Hkv, L, D]");
@@ -35,6 +45,7 @@ inline void check_query_and_key(const char* op, const Tensor& query, const Tenso
             " positions, got O = ", query.size(2));
   check_unit_stride(op, "query", query);
   check_unit_stride(op, "key", key);
+  check_volume(op, query, key);
 }
 
 inline ScoreInputs fill_score_params(const char* op, const Tensor& query, const Tensor& key,
@@ -63,11 +74,12 @@ inline ScoreInputs fill_score_params(const char* op, const Tensor& query, const 
 
   inputs.modality =
       check_modality(op, "modality", modality, query, "query", params.batch, params.keys, "[B, L]");
-  inputs.query_modality = query_modality.has_value()
-                              ? check_modality(op, "query_modality", *query_modality, query, "query",
-                                               params.batch, params.window, "[B, O]")
-                              : torch::stable::contiguous(torch::stable::narrow(
-                                    inputs.modality, 1, params.keys - params.window, params.window));
+  inputs.query_modality =
+      query_modality.has_value()
+          ? check_modality(op, "query_modality", *query_modality, query, "query", params.batch, params.window,
+                           "[B, O]")
+          : contiguous(op, "modality",
+                       torch::stable::narrow(inputs.modality, 1, params.keys - params.window, params.window));
   params.modality = static_cast<const int8_t*>(inputs.modality.const_data_ptr());
   params.query_modality = static_cast<const int8_t*>(inputs.query_modality.const_data_ptr());
   if (lse.has_value()) {
@@ -77,7 +89,7 @@ inline ScoreInputs fill_score_params(const char* op, const Tensor& query, const 
     check_size(op, "lse", *lse, 0, params.batch, "query's batch size");
     check_size(op, "lse", *lse, 1, params.num_heads, "query's heads");
     check_size(op, "lse", *lse, 2, params.window, "query's length O");
-    inputs.lse = torch::stable::contiguous(*lse);
+    inputs.lse = contiguous(op, "lse", *lse);
     params.lse = inputs.lse.const_data_ptr();
   }
   return inputs;

@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor> segmented_column_sum(const Tensor& attn, const Tensor
       check_modality(op, "key_modality", key_modality, attn, "attn", attn.size(0), attn.size(3), "[B, N]");
 
   const ScalarType sums = scalar_type_of(accumulate_dtype(dtype));
-  Tensor self = empty(attn, {attn.size(0), attn.size(1), attn.size(3)}, sums);
-  Tensor cross = empty(attn, {attn.size(0), attn.size(1), attn.size(3)}, sums);
+  Tensor self = empty(op, attn, {attn.size(0), attn.size(1), attn.size(3)}, sums);
+  Tensor cross = empty(op, attn, {attn.size(0), attn.size(1), attn.size(3)}, sums);
   SegmentedColumnSumParams params;
   params.dtype = dtype;
   params.attn = attn.const_data_ptr();

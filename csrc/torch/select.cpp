@@ -39,9 +39,9 @@ std::tuple<Tensor, Tensor> select(const Tensor& self, const Tensor& cross, const
       check_modality(op, "modality", modality, self, "self", params.batch, params.keys, "[B, L]");
   const Tensor queries_of = check_modality(op, "query_modality", query_modality, self, "self", params.batch,
                                            params.window, "[B, O]");
-  const Tensor own = torch::stable::contiguous(self), other = torch::stable::contiguous(cross);
-  Tensor indices = empty(self, {params.batch, params.score_heads, budget}, ScalarType::Int);
-  Tensor lengths = empty(self, {params.batch, params.score_heads}, ScalarType::Int);
+  const Tensor own = contiguous(op, "self", self), other = contiguous(op, "cross", cross);
+  Tensor indices = empty(op, self, {params.batch, params.score_heads, budget}, ScalarType::Int);
+  Tensor lengths = empty(op, self, {params.batch, params.score_heads}, ScalarType::Int);
   params.self = own.const_data_ptr();
   params.cross = other.const_data_ptr();
   params.modality = static_cast<const int8_t*>(keys_of.const_data_ptr());
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> select(const Tensor& self, const Tensor& cross, const
   params.lengths = static_cast<int32_t*>(lengths.mutable_data_ptr());
 
   const Parallel parallel = torch_parallel();
-  const Tensor scratch = workspace(self, select_cpu_workspace_bytes(params, parallel.num_threads));
+  const Tensor scratch = workspace(op, self, select_cpu_workspace_bytes(params, parallel.num_threads));
   select_cpu(params, scratch.mutable_data_ptr(), parallel);
   return {indices, lengths};
 }
