@@ -28,7 +28,7 @@ void row_of(const T* x, T* out, int64_t cols, double log_n) {
     // float32 has room for the exponentials themselves; a narrower type would round them twice.
     if constexpr (sizeof(T) == sizeof(float)) store_n(out + j, e, count);
   });
-  const float sum = static_cast<float>(__builtin_exp(log_n - shift)) + hsum(sums);
+  const float sum = vexp(set1(static_cast<float>(log_n - shift)))[0] + hsum(sums);
 
   const float inverse = sum == 0 ? 0 : 1 / sum;  // a NaN goes on to the whole row
   for_each_vector(cols, [&](int64_t j, int64_t count) {

@@ -151,6 +151,11 @@ CSP_INLINE void store(Float16* p, vfloat v) {
 template <typename T>
 CSP_INLINE vfloat load_n(const T* p, int64_t count, float fill) {
   if (count >= kLanes) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return (vfloat)_mm512_mask_loadu_ps((__m512)set1(fill), static_cast<__mmask16>((1u << count) - 1), p);
+  }
+#endif
   T lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = from_float<T>(fill);
   __builtin_memcpy(lanes, p, count * sizeof(T));
@@ -159,6 +164,11 @@ CSP_INLINE vfloat load_n(const T* p, int64_t count, float fill) {
 template <typename T>
 CSP_INLINE void store_n(T* p, vfloat v, int64_t count) {
   if (count >= kLanes) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+  }
+#endif
   T lanes[kLanes];
   store(lanes, v);
   __builtin_memcpy(p, lanes, count * sizeof(T));
@@ -175,16 +185,22 @@ CSP_INLINE vfloat vmin(vfloat a, vfloat b) {
   return a < b ? a : b;
 }
 
-CSP_INLINE float hsum(vfloat v) {
+// All lanes folded into one, halves first: log2(kLanes) steps.
+template <typename Op>
+CSP_INLINE float fold_lanes(vfloat v, Op op) {
+#pragma GCC unroll 4
   for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+    vint other;
+    for (int i = 0; i < kLanes; ++i) other[i] = i ^ width;
+    v = op(v, __builtin_shuffle(v, other));
   }
   return v[0];
 }
+CSP_INLINE float hsum(vfloat v) {
+  return fold_lanes(v, [](vfloat a, vfloat b) { return a + b; });
+}
 CSP_INLINE float hmax(vfloat v) {
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  return fold_lanes(v, [](vfloat a, vfloat b) { return vmax(a, b); });
 }
 
 // e^x for x <= 88: relative error below 2e-7; anything under -87 (and -inf) gives 0, a NaN stays one.
