@@ -23,7 +23,7 @@ PACKAGES = {
     "pillow": "csp demo, csp generate",
     "scikit-image": "csp demo",
     "matplotlib": "the pictures of csp demo and csp generate",
-    "flash-attn": "flash_attention_2 prefill on a GPU",
+    "flash-attn": "nothing yet, flash_attention_2 is not supported",
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -103,19 +105,10 @@ def _fake(
     modality: Tensor,
     *,
     budget: int,
-    recent: int | None = None,
     query_modality: Tensor | None = None,
-    n: float = 1.0,
-    scale: float | None = None,
     heads: str = "kv",
-    causal: bool = True,
     lse: Tensor | None = None,
-    cross_ratio: float = 0.5,
-    combine: str = "intersection",
-    k_self: int | None = None,
-    k_cross: int | None = None,
-    pool: str = "none",
-    pool_kernel: int = 7,
+    **_options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     same_device(
         "prune",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -84,11 +86,9 @@ def _fake(
     modality: Tensor,
     *,
     query_modality: Tensor | None = None,
-    n: float = 1.0,
-    scale: float | None = None,
     heads: str = "kv",
-    causal: bool = True,
     lse: Tensor | None = None,
+    **_options: Any,
 ) -> tuple[Tensor, Tensor]:
     same_device("score", query=query, key=key, modality=modality, query_modality=query_modality, lse=lse)
     rows = 1 if heads == "shared" else key.shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -102,14 +104,7 @@ def _fake(
     query_modality: Tensor,
     *,
     budget: int,
-    recent: int | None = None,
-    cross_ratio: float = 0.5,
-    combine: str = "intersection",
-    k_self: int | None = None,
-    k_cross: int | None = None,
-    pool: str = "none",
-    pool_kernel: int = 7,
-    causal: bool = True,
+    **_options: Any,
 ) -> tuple[Tensor, Tensor]:
     same_device("select", self=self, cross=cross, modality=modality, query_modality=query_modality)
     batch, heads, _ = self.shape

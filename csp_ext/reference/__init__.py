@@ -7,7 +7,6 @@ and lengths are int32, masks are bool. The twins aim at being obviously right, n
 
 from __future__ import annotations
 
-from csp_ext.reference.checks import assert_select_close
 from csp_ext.reference.compact import compact
 from csp_ext.reference.decode import decode
 from csp_ext.reference.dual_top_k import dual_top_k
@@ -18,7 +17,6 @@ from csp_ext.reference.segmented_column_sum import segmented_column_sum
 from csp_ext.reference.select import select
 
 __all__ = [
-    "assert_select_close",
     "compact",
     "decode",
     "dual_top_k",
