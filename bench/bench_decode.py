@@ -9,11 +9,10 @@ Usage: python bench/bench_decode.py [--json] [--quick]
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import torch
-from harness import interleave, report
+from harness import arguments, interleave, report
 
 import csp_ext
 
@@ -67,14 +66,15 @@ def measure(dtype: torch.dtype, heads: int, kv_heads: int, keys: int, repeats: i
 
 def main() -> None:
     """Print one row per dtype, head ratio and number of keys."""
-    quick = "--quick" in sys.argv
+    options = arguments(__doc__)
+    quick = options.quick
     rows = [
         measure(dtype, heads, kv_heads, keys, 5 if quick else 21)
         for dtype in DTYPES
         for heads, kv_heads in HEADS
         for keys in (KEYS[:1] if quick else KEYS)
     ]
-    report(f"decode, batch {BATCH}, head_dim {HEAD_DIM}, one new query", rows, "--json" in sys.argv)
+    report(f"decode, batch {BATCH}, head_dim {HEAD_DIM}, one new query", rows, options.json)
 
 
 if __name__ == "__main__":

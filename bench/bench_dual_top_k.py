@@ -7,11 +7,10 @@ The bound is the time to read both score lists once at the read bandwidth measur
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import torch
-from harness import interleave, read_bandwidth, report
+from harness import arguments, interleave, read_bandwidth, report
 from torch import Tensor
 
 import csp_ext
@@ -43,7 +42,8 @@ def sides_of(own: Tensor, other: Tensor, k: int) -> dict[str, Callable[[], Tenso
 
 
 def main() -> None:
-    repeats = 3 if "--quick" in sys.argv else 25
+    options = arguments(__doc__)
+    repeats = 3 if options.quick else 25
     bandwidth = read_bandwidth()
     torch.manual_seed(0)
     rows: list[dict[str, object]] = []
@@ -60,7 +60,7 @@ def main() -> None:
                 "read bound ms": 2 * own.numel() * 4 / bandwidth * 1e3,
             }
         )
-    report("dual_top_k: eager time / csp time", rows, "--json" in sys.argv)
+    report("dual_top_k: eager time / csp time", rows, options.json)
 
 
 if __name__ == "__main__":

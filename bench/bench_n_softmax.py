@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import harness
 import torch
 
@@ -17,9 +15,10 @@ def eager(logits: torch.Tensor, n: float) -> torch.Tensor:
 
 
 def main() -> None:
+    options = harness.arguments(__doc__)
     rows = []
     bound = harness.copy_bandwidth()
-    shapes = [(32, 64, 4096)] if "--quick" in sys.argv else [(32, 64, 4096), (28, 410, 8192), (4096, 32, 17)]
+    shapes = [(32, 64, 4096)] if options.quick else [(32, 64, 4096), (28, 410, 8192), (4096, 32, 17)]
     for shape in shapes:
         for dtype in (torch.float32, torch.bfloat16):
             logits = torch.randn(shape).to(dtype)
@@ -40,7 +39,7 @@ def main() -> None:
                     "of copy bandwidth": moved / t["csp"].median / bound,
                 }
             )
-    harness.report("n_softmax", rows, "--json" in sys.argv)
+    harness.report("n_softmax", rows, options.json)
 
 
 if __name__ == "__main__":

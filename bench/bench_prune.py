@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from harness import copy_bandwidth, flops, interleave, report
+from harness import arguments, copy_bandwidth, flops, interleave, report
 from torch import Tensor
 
 import csp_ext
@@ -84,10 +82,7 @@ def row(
 
 def main() -> None:
     """Print the table; the bound is the larger of FLOPs at the matmul rate and bytes at the copy rate."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    options = parser.parse_args()
+    options = arguments(__doc__)
     repeats = 5 if options.quick else 15
     rows = [
         row(case, num_heads, num_kv_heads, length, dtype, repeats)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
-from harness import flops, interleave, report
+from harness import arguments, flops, interleave, report
 from torch import Tensor
 
 import csp_ext
@@ -90,7 +88,8 @@ def compare(case: str, dtype: torch.dtype, repeats: int) -> dict[str, object]:
 
 def main() -> None:
     """Print one row per shape and dtype."""
-    quick = "--quick" in sys.argv
+    options = arguments(__doc__)
+    quick = options.quick
     bound = flops() / 1e9
     rows = [
         {**compare(case, dtype, 3 if quick else 15), "fp32 bound": bound}
@@ -98,7 +97,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
         if not (quick and dtype == torch.float16)
     ]
-    report("score", rows, "--json" in sys.argv)
+    report("score", rows, options.json)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from harness import interleave, read_bandwidth, report
+from harness import arguments, interleave, read_bandwidth, report
 from torch import Tensor
 
 import csp_ext
@@ -49,10 +47,7 @@ def row(
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    options = parser.parse_args()
+    options = arguments(__doc__)
     repeats = 5 if options.quick else 21
     rows = [
         row(case, heads, window, length, dtype, repeats)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
@@ -56,6 +57,14 @@ def flops() -> float:
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     out = torch.empty(1024, 1024)
     return 2 * 1024**3 / interleave({"mm": lambda: torch.matmul(a, b, out=out)}, repeats=15)["mm"].low
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """Return the options that every benchmark has: `quick` and `json`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes or repeats")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return parser.parse_args()
 
 
 def report(title: str, rows: list[dict[str, object]], as_json: bool) -> None:
