@@ -5,10 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "checks.h"
+#include "csp/cuda.h"
 #include "csp/parallel.h"
 
 #ifdef CSP_CUDA
-#include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
@@ -44,15 +44,48 @@ inline Tensor workspace(const char* op, const Tensor& like, size_t bytes) {
     m.impl(#op, TORCH_BOX(&csp::op));       \
   }
 
-inline void check_launch(const char* op, int error) {
-  CSP_CHECK(error == cudaSuccess, op, "launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(error)));
-}
+// Launches on the device of a tensor, on torch's current stream there, with scratch of torch's allocator.
+class CudaCall {
+ public:
+  CudaCall(const char* op, const Tensor& on) : op_(op), on_(on), guard_(on.get_device_index()) {
+    int error = 0;
+    context_.device = cuda_device(static_cast<int32_t>(on.get_device_index()), &error);
+    check({error, nullptr, nullptr});
+    CSP_CHECK(context_.device.capability >= kMinCudaCapability, op, name_of(on.device()),
+              " has compute capability ", context_.device.capability / 10, ".",
+              context_.device.capability % 10, ", the kernels need 7.5 or later");
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(on.get_device_index(), &context_.stream));
+  }
 
-inline void* current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return stream;
-}
+  const CudaDevice& device() const { return context_.device; }
+
+  // launcher(params, context) with `bytes` of scratch.
+  template <typename Params>
+  void run(CudaStatus (*launcher)(const Params&, const CudaContext&), const Params& params,
+           size_t bytes = 0) {
+    Tensor scratch;
+    if (bytes > 0) {
+      scratch = workspace(op_, on_, bytes);
+      context_.workspace = scratch.mutable_data_ptr();
+      context_.workspace_bytes = bytes;
+    }
+    check(launcher(params, context_));
+  }
+
+ private:
+  void check(const CudaStatus& status) const {
+    if (status.ok()) return;
+    const char* const reason = status.reason != nullptr ? status.reason : cuda_error_string(status.error);
+    if (status.kernel == nullptr) fail(op_, reason);
+    fail(op_, "kernel ", status.kernel, " could not be launched on ", shape_of(on_), ": ", reason);
+  }
+
+  const char* op_;
+  const Tensor& on_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  CudaContext context_;
+};
 
 #else
 

@@ -22,8 +22,7 @@ Tensor n_softmax(const Tensor& logits, double n) {
   params.rows = params.cols > 0 ? logits.numel() / params.cols : 0;
   params.n = n;
 #ifdef CSP_CUDA
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  check_launch(op, n_softmax_cuda(params, current_stream(logits)));
+  CudaCall(op, logits).run(n_softmax_cuda, params);
 #else
   n_softmax_cpu(params, torch_parallel());
 #endif

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "csp/cuda.h"
 #include "csp/parallel.h"
 #include "csp/types.h"
 
@@ -32,5 +33,8 @@ int64_t compact_cpu_bad_index(const CompactParams& params);
 int64_t compact_cpu_tasks(const CompactParams& params);
 
 void compact_cpu(const CompactParams& params, const Parallel& parallel = {});
+
+// Needs no workspace.
+CudaStatus compact_cuda(const CompactParams& params, const CudaContext& context);
 
 }  // namespace csp

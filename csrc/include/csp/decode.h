@@ -1,5 +1,6 @@
 #pragma once
 
+#include "csp/cuda.h"
 #include "csp/parallel.h"
 #include "csp/types.h"
 
@@ -37,5 +38,8 @@ int64_t decode_cpu_tasks(const DecodeParams& params);
 size_t decode_cpu_workspace_bytes(const DecodeParams& params, int32_t num_threads);
 
 void decode_cpu(const DecodeParams& params, void* workspace, const Parallel& parallel = {});
+
+size_t decode_cuda_workspace_bytes(const DecodeParams& params, const CudaDevice& device);
+CudaStatus decode_cuda(const DecodeParams& params, const CudaContext& context);
 
 }  // namespace csp

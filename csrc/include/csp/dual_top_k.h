@@ -1,5 +1,6 @@
 #pragma once
 
+#include "csp/cuda.h"
 #include "csp/parallel.h"
 #include "csp/types.h"
 
@@ -23,5 +24,8 @@ struct DualTopKParams {
 
 size_t dual_top_k_cpu_workspace_bytes(const DualTopKParams& params, int32_t num_threads);
 void dual_top_k_cpu(const DualTopKParams& params, void* workspace, const Parallel& parallel = {});
+
+size_t dual_top_k_cuda_workspace_bytes(const DualTopKParams& params, const CudaDevice& device);
+CudaStatus dual_top_k_cuda(const DualTopKParams& params, const CudaContext& context);
 
 }  // namespace csp

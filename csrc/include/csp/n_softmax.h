@@ -1,5 +1,6 @@
 #pragma once
 
+#include "csp/cuda.h"
 #include "csp/parallel.h"
 #include "csp/types.h"
 
@@ -18,8 +19,7 @@ struct NSoftmaxParams {
 
 void n_softmax_cpu(const NSoftmaxParams& params, const Parallel& parallel = {});
 
-// Launches on `stream` (a cudaStream_t) of the current device; float64 is not supported.
-// Returns a cudaError_t as int.
-int n_softmax_cuda(const NSoftmaxParams& params, void* stream);
+// Needs no workspace; float64 is refused.
+CudaStatus n_softmax_cuda(const NSoftmaxParams& params, const CudaContext& context);
 
 }  // namespace csp

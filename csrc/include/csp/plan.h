@@ -1,18 +1,22 @@
 #pragma once
 
 #include "csp/decode.h"
+#include "csp/dual_top_k.h"
+#include "csp/n_softmax.h"
 #include "csp/prune.h"
+#include "csp/segmented_column_sum.h"
 
 namespace csp {
 
-// What one call of an op costs on the CPU, known before it runs. Only the shape and the options of the
+// What one call of an op costs, known before it runs. Only the shape and the options of the
 // params are looked at, never a pointer, except whether score.lse is null.
 struct Plan {
   int64_t workspace_bytes = 0;  // scratch that the caller hands over, inputs and outputs apart
   int64_t bytes_read = 0;       // every input once, rows that are not copied left out
   int64_t bytes_written = 0;    // every output once
-  int64_t flops = 0;  // multiplications and additions of the matrix products, as if nothing were masked
-  int64_t tasks = 0;  // independent pieces of work: no more threads than this can help
+  int64_t flops = 0;     // multiplications and additions of the matrix products, as if nothing were masked
+  int64_t tasks = 0;     // CPU: independent pieces of work: no more threads than this can help
+  int64_t launches = 0;  // CUDA: kernels on the stream
 };
 
 Plan plan_score_cpu(const ScoreParams& params, int32_t num_threads);
@@ -22,5 +26,15 @@ Plan plan_decode_cpu(const DecodeParams& params, int32_t num_threads);
 
 // The parts added up: the scores are written by the first part and read by the second.
 Plan plan_prune_cpu(const PruneParams& params, int32_t num_threads);
+
+// The same on a GPU; `device` need not be there.
+Plan plan_n_softmax_cuda(const NSoftmaxParams& params, const CudaDevice& device);
+Plan plan_segmented_column_sum_cuda(const SegmentedColumnSumParams& params, const CudaDevice& device);
+Plan plan_score_cuda(const ScoreParams& params, const CudaDevice& device);
+Plan plan_dual_top_k_cuda(const DualTopKParams& params, const CudaDevice& device);
+Plan plan_select_cuda(const SelectParams& params, const CudaDevice& device);
+Plan plan_compact_cuda(const CompactParams& params, const CudaDevice& device);
+Plan plan_decode_cuda(const DecodeParams& params, const CudaDevice& device);
+Plan plan_prune_cuda(const PruneParams& params, const CudaDevice& device);
 
 }  // namespace csp

@@ -21,4 +21,9 @@ size_t prune_cpu_workspace_bytes(const PruneParams& params, int32_t num_threads)
 // `workspace` holds prune_cpu_workspace_bytes(params, parallel.num_threads) bytes, 64-byte aligned.
 void prune_cpu(const PruneParams& params, void* workspace, const Parallel& parallel = {});
 
+size_t prune_cuda_workspace_bytes(const PruneParams& params, const CudaDevice& device);
+
+// The chain on one stream, one after another in one workspace.
+CudaStatus prune_cuda(const PruneParams& params, const CudaContext& context);
+
 }  // namespace csp

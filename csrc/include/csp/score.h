@@ -1,5 +1,6 @@
 #pragma once
 
+#include "csp/cuda.h"
 #include "csp/parallel.h"
 #include "csp/types.h"
 
@@ -41,5 +42,8 @@ int64_t score_cpu_tasks(const ScoreParams& params);
 
 // `workspace` holds score_cpu_workspace_bytes(params, parallel.num_threads) bytes, 64-byte aligned.
 void score_cpu(const ScoreParams& params, void* workspace, const Parallel& parallel = {});
+
+size_t score_cuda_workspace_bytes(const ScoreParams& params, const CudaDevice& device);
+CudaStatus score_cuda(const ScoreParams& params, const CudaContext& context);
 
 }  // namespace csp

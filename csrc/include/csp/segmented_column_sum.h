@@ -1,5 +1,6 @@
 #pragma once
 
+#include "csp/cuda.h"
 #include "csp/parallel.h"
 #include "csp/types.h"
 
@@ -25,5 +26,9 @@ struct SegmentedColumnSumParams {
 int64_t segmented_column_sum_cpu_tasks(const SegmentedColumnSumParams& params);
 
 void segmented_column_sum_cpu(const SegmentedColumnSumParams& params, const Parallel& parallel = {});
+
+size_t segmented_column_sum_cuda_workspace_bytes(const SegmentedColumnSumParams& params,
+                                                 const CudaDevice& device);
+CudaStatus segmented_column_sum_cuda(const SegmentedColumnSumParams& params, const CudaContext& context);
 
 }  // namespace csp

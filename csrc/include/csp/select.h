@@ -1,5 +1,6 @@
 #pragma once
 
+#include "csp/cuda.h"
 #include "csp/parallel.h"
 #include "csp/types.h"
 
@@ -36,5 +37,8 @@ size_t select_cpu_workspace_bytes(const SelectParams& params, int32_t num_thread
 int64_t select_cpu_tasks(const SelectParams& params);
 
 void select_cpu(const SelectParams& params, void* workspace, const Parallel& parallel = {});
+
+size_t select_cuda_workspace_bytes(const SelectParams& params, const CudaDevice& device);
+CudaStatus select_cuda(const SelectParams& params, const CudaContext& context);
 
 }  // namespace csp

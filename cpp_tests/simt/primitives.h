@@ -1,0 +1,412 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "engine.h"
+
+// The harness's half of csrc/cuda/simt.cuh: the same names, run by engine.h.
+
+#define CSP_DEVICE inline
+#define CSP_KERNEL(threads, blocks)
+#define CSP_SHARED(type, name, count)                            \
+  const auto name = ::csp::simt::static_shared<type, count>([] { \
+    static char key;                                             \
+    return &key;                                                 \
+  }())
+#define CSP_UNROLL
+
+namespace csp::simt {
+
+struct Half {
+  _Float16 value;
+  Half() = default;
+  explicit Half(float x) : value(static_cast<_Float16>(x)) {}
+};
+
+struct BFloat16 {
+  uint16_t bits;
+  BFloat16() = default;
+  explicit BFloat16(float x) {
+    const auto word = __builtin_bit_cast(uint32_t, x);
+    bits = static_cast<uint16_t>(x != x ? 0x7fffu : (word + 0x7fffu + (word >> 16 & 1u)) >> 16);
+  }
+};
+
+// ---- memory: pointers that check each access ----
+
+// One element. Reading converts, so keep it in a typed variable, never in `auto`.
+template <typename T>
+class Reference {
+ public:
+  using Value = std::remove_const_t<T>;
+  Reference(Allocation* allocation, T* address) : allocation_(allocation), address_(address) {}
+  Reference(const Reference&) = default;
+  operator Value() const {
+    allocation_->read(address_, sizeof(T), alignof(T));
+    return *address_;
+  }
+  const Reference& operator=(const Value& value) const {
+    allocation_->write(address_, sizeof(T), alignof(T));
+    *address_ = value;
+    return *this;
+  }
+  const Reference& operator=(const Reference& other) const { return *this = static_cast<Value>(other); }
+  const Reference& operator+=(const Value& value) const { return *this = static_cast<Value>(*this) + value; }
+  const Reference& operator-=(const Value& value) const { return *this = static_cast<Value>(*this) - value; }
+  const Reference& operator|=(const Value& value) const { return *this = static_cast<Value>(*this) | value; }
+
+ private:
+  Allocation* allocation_;
+  T* address_;
+};
+
+template <typename T>
+class Pointer {
+ public:
+  Pointer() = default;
+  Pointer(std::nullptr_t) {}
+  Pointer(Allocation* allocation, T* address) : allocation_(allocation), address_(address) {}
+  // To const.
+  template <typename U>
+    requires(std::is_same_v<const U, T> && !std::is_const_v<U>)
+  Pointer(const Pointer<U>& other) : allocation_(other.allocation()), address_(other.address()) {}
+
+  Reference<T> operator[](int64_t i) const { return {allocation_, address_ + i}; }
+  Reference<T> operator*() const { return {allocation_, address_}; }
+  Pointer operator+(int64_t i) const { return {allocation_, address_ + i}; }
+  Pointer operator-(int64_t i) const { return {allocation_, address_ - i}; }
+  Pointer& operator+=(int64_t i) {
+    address_ += i;
+    return *this;
+  }
+  friend bool operator==(const Pointer& p, std::nullptr_t) { return p.address_ == nullptr; }
+  friend bool operator==(const Pointer& p, const Pointer& q) { return p.address_ == q.address_; }
+
+  Allocation* allocation() const { return allocation_; }
+  T* address() const { return address_; }
+
+ private:
+  Allocation* allocation_ = nullptr;
+  T* address_ = nullptr;
+};
+
+template <typename T>
+using Global = Pointer<T>;
+template <typename T>
+using Shared = Pointer<T>;
+
+template <typename T>
+Pointer<T> global(void* pointer) {
+  return {allocation_at(pointer), static_cast<T*>(pointer)};
+}
+template <typename T>
+Pointer<const T> global(const void* pointer) {
+  return {allocation_at(pointer), static_cast<const T*>(pointer)};
+}
+
+template <typename U, typename T>
+auto as(Pointer<T> pointer) {
+  using Target = std::conditional_t<std::is_const_v<T>, const U, U>;
+  return Pointer<Target>(pointer.allocation(), reinterpret_cast<Target*>(pointer.address()));
+}
+
+template <typename T, int kCount>
+Pointer<T> static_shared(const void* key) {
+  std::byte* data = nullptr;
+  Allocation* const piece = static_shared_piece(key, kCount * static_cast<int64_t>(sizeof(T)), &data);
+  return {piece, reinterpret_cast<T*>(data)};
+}
+
+class SharedArena {
+ public:
+  template <typename T>
+  Pointer<T> take(int64_t count) {
+    std::byte* data = nullptr;
+    Allocation* const piece = shared_piece(count * static_cast<int64_t>(sizeof(T)), &data);
+    return {piece, reinterpret_cast<T*>(data)};
+  }
+};
+
+// ---- where this thread is ----
+
+inline int thread() {
+  return position().thread;
+}
+inline int lane() {
+  return position().thread % 32;
+}
+inline int warp() {
+  return position().thread / 32;
+}
+inline int block_threads() {
+  return position().block_threads;
+}
+inline int64_t block_x() {
+  return position().block[0];
+}
+inline int64_t block_y() {
+  return position().block[1];
+}
+inline int64_t block_z() {
+  return position().block[2];
+}
+inline int64_t grid_x() {
+  return position().grid[0];
+}
+
+// ---- numbers ----
+
+inline float to_float(float x) {
+  return x;
+}
+inline float to_float(Half x) {
+  return static_cast<float>(x.value);
+}
+inline float to_float(BFloat16 x) {
+  return __builtin_bit_cast(float, uint32_t{x.bits} << 16);
+}
+template <typename T>
+T from_float(float x) {
+  return static_cast<T>(x);
+}
+
+// Results below the smallest normal number are flushed to zero, as ex2.approx.ftz does.
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;
+}
+inline float log2_approx(float x) {
+  return std::log2(x);
+}
+inline uint32_t float_bits(float x) {
+  return __builtin_bit_cast(uint32_t, x);
+}
+inline float bits_float(uint32_t x) {
+  return __builtin_bit_cast(float, x);
+}
+inline int popcount(uint32_t x) {
+  return __builtin_popcount(x);
+}
+inline int leading_zeros(uint32_t x) {
+  return x == 0 ? 32 : __builtin_clz(x);
+}
+
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Vec {
+  T data[N];
+  T& operator[](int i) { return data[i]; }
+  const T& operator[](int i) const { return data[i]; }
+};
+
+template <typename T>
+uint32_t pack2(float low, float high) {
+  const Vec<T, 2> both{{T(low), T(high)}};
+  return __builtin_bit_cast(uint32_t, both);
+}
+template <typename T>
+Vec<float, 2> unpack2(uint32_t both) {
+  const auto parts = __builtin_bit_cast(Vec<T, 2>, both);
+  return {{to_float(parts.data[0]), to_float(parts.data[1])}};
+}
+
+// ---- vectors ----
+
+template <int N, typename T>
+Vec<std::remove_const_t<T>, N> load_vec(Pointer<T> from) {
+  static_assert(sizeof(T) * N <= 16);
+  from.allocation()->read(from.address(), sizeof(T) * N, sizeof(T) * N);
+  Vec<std::remove_const_t<T>, N> value;
+  std::memcpy(&value, from.address(), sizeof(value));
+  return value;
+}
+template <int N, typename T>
+void store_vec(Pointer<T> to, const Vec<T, N>& value) {
+  static_assert(sizeof(T) * N <= 16);
+  to.allocation()->write(to.address(), sizeof(value), sizeof(value));
+  std::memcpy(to.address(), &value, sizeof(value));
+}
+template <int N, typename T>
+Vec<T, N> load_readonly(Pointer<const T> from) {
+  return load_vec<N>(from);
+}
+template <int N, typename T>
+Vec<T, N> load_streaming(Pointer<const T> from) {
+  return load_vec<N>(from);
+}
+template <int N, typename T>
+void store_streaming(Pointer<T> to, const Vec<T, N>& value) {
+  store_vec<N>(to, value);
+}
+
+// ---- the threads of a block, a warp, a cluster ----
+
+inline void sync_block() {
+  sync_block_fiber("sync_block");
+}
+inline int sync_block_count(bool predicate) {
+  return sync_block_count_fiber(predicate);
+}
+inline bool sync_block_any(bool predicate) {
+  return sync_block_count_fiber(predicate) > 0;
+}
+inline void sync_cluster() {
+  sync_cluster_fiber();
+}
+inline void sync_warp() {
+  exchange("sync_warp", nullptr, 0);
+}
+
+template <typename T>
+T from_slot(const ExchangeSlots& slots, int lane) {
+  static_assert(sizeof(T) <= kExchangeBytes && std::is_trivially_copyable_v<T>);
+  T value;
+  std::memcpy(static_cast<void*>(&value), slots[static_cast<size_t>(lane)].data(), sizeof(T));
+  return value;
+}
+
+template <typename T>
+T shuffle(T value, int source_lane) {
+  return from_slot<T>(exchange("shuffle", &value, sizeof(T)), source_lane & 31);
+}
+template <typename T>
+T shuffle_xor(T value, int mask) {
+  const int source = lane() ^ mask;
+  return from_slot<T>(exchange("shuffle_xor", &value, sizeof(T)), source & 31);
+}
+template <typename T>
+T shuffle_up(T value, int delta) {
+  const int source = lane() - delta;
+  return from_slot<T>(exchange("shuffle_up", &value, sizeof(T)), source < 0 ? lane() : source);
+}
+template <typename T>
+T shuffle_down(T value, int delta) {
+  const int source = lane() + delta;
+  return from_slot<T>(exchange("shuffle_down", &value, sizeof(T)), source > 31 ? lane() : source);
+}
+
+inline uint32_t ballot_of(const char* what, bool predicate) {
+  const ExchangeSlots& slots = exchange(what, &predicate, sizeof(predicate));
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= uint32_t{from_slot<bool>(slots, i)} << i;
+  return bits;
+}
+inline uint32_t ballot(bool predicate) {
+  return ballot_of("ballot", predicate);
+}
+inline bool any(bool predicate) {
+  return ballot_of("any", predicate) != 0;
+}
+inline bool all(bool predicate) {
+  return ballot_of("all", predicate) == ~0u;
+}
+inline uint32_t match_any(uint32_t value) {
+  const ExchangeSlots& slots = exchange("match_any", &value, sizeof(value));
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= uint32_t{from_slot<uint32_t>(slots, i) == value} << i;
+  return bits;
+}
+
+// ---- atomics ----
+
+template <typename T, typename Combine>
+T atomic_update(Pointer<T> address, Combine combine) {
+  static_assert(std::is_integral_v<T>, "integers only: the order of float additions would show");
+  address.allocation()->atomic(address.address(), sizeof(T));
+  const T old = *address.address();
+  *address.address() = combine(old);
+  return old;
+}
+template <typename T>
+T atomic_add(Pointer<T> address, std::type_identity_t<T> value) {
+  return atomic_update(address, [&](T old) { return static_cast<T>(old + value); });
+}
+template <typename T>
+T atomic_max(Pointer<T> address, std::type_identity_t<T> value) {
+  return atomic_update(address, [&](T old) { return old > value ? old : value; });
+}
+template <typename T>
+T atomic_min(Pointer<T> address, std::type_identity_t<T> value) {
+  return atomic_update(address, [&](T old) { return old < value ? old : value; });
+}
+template <typename T>
+T atomic_or(Pointer<T> address, std::type_identity_t<T> value) {
+  return atomic_update(address, [&](T old) { return static_cast<T>(old | value); });
+}
+
+// ---- asynchronous copies: what is copied appears at the wait ----
+
+template <typename T>
+void copy_async(Pointer<T> to, std::type_identity_t<Pointer<const T>> from, bool valid) {
+  copy_async_fiber(to.allocation(), reinterpret_cast<std::byte*>(to.address()), from.allocation(),
+                   reinterpret_cast<const std::byte*>(from.address()), valid);
+}
+inline void copy_async_commit() {
+  copy_async_commit_fiber();
+}
+template <int kPending>
+void copy_async_wait() {
+  copy_async_wait_fiber(kPending);
+}
+
+// ---- tensor cores ----
+
+template <bool kTransposed, typename T>
+void ldmatrix_of(const char* what, uint32_t (&out)[4], Pointer<T> row) {
+  static_assert(sizeof(T) == 2);
+  using Element = std::remove_const_t<T>;
+  const ExchangeSlots& slots = exchange(what, &row, sizeof(row));
+  for (int m = 0; m < 4; ++m) {
+    Vec<Element, 2> pair;
+    for (int e = 0; e < 2; ++e) {
+      const int major = lane() / 4, minor = 2 * (lane() % 4) + e;
+      const auto from = from_slot<Pointer<T>>(slots, 8 * m + (kTransposed ? minor : major));
+      // The row as a whole must be there, on its 16 bytes.
+      from.allocation()->read(from.address(), 16, 16);
+      pair[e] = from.address()[kTransposed ? major : minor];
+    }
+    out[m] = __builtin_bit_cast(uint32_t, pair);
+  }
+}
+template <typename T>
+void ldmatrix(uint32_t (&out)[4], Pointer<T> row) {
+  ldmatrix_of<false>("ldmatrix", out, row);
+}
+template <typename T>
+void ldmatrix_transposed(uint32_t (&out)[4], Pointer<T> row) {
+  ldmatrix_of<true>("ldmatrix_transposed", out, row);
+}
+
+template <typename T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Fragments {
+    uint32_t a[4], b[2];
+  } mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  const ExchangeSlots& slots = exchange("mma_m16n8k16", &mine, sizeof(mine));
+  const int g = lane() / 4, c = 2 * (lane() % 4);
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + 8 * (i / 2), column = c + i % 2;
+    float sum = d[i];
+    for (int k = 0; k < 16; ++k) {
+      // A(row, k) is with lane 4 (row % 8) + k % 8 / 2, B(k, column) with lane 4 column + k % 8 / 2.
+      const auto left = from_slot<Fragments>(slots, 4 * (row % 8) + k % 8 / 2);
+      const auto right = from_slot<Fragments>(slots, 4 * column + k % 8 / 2);
+      const Vec<float, 2> x = unpack2<T>(left.a[row / 8 + 2 * (k / 8)]), y = unpack2<T>(right.b[k / 8]);
+      sum += x[k % 2] * y[k % 2];
+    }
+    d[i] = sum;
+  }
+}
+
+// ---- launching ----
+
+template <typename... Parameters, typename... Arguments>
+CudaStatus launch(const CudaContext& context, const LaunchShape& shape, const char* name,
+                  void (*kernel)(Parameters...), Arguments&&... arguments) {
+  return run(context, shape, name, [&] { kernel(arguments...); });
+}
+
+}  // namespace csp::simt

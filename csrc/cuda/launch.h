@@ -1,0 +1,39 @@
+#pragma once
+
+#include "csp/cuda.h"
+
+// What the host code of a launcher needs, without a CUDA header.
+
+namespace csp {
+
+// cudaError_t values that launchers return themselves.
+constexpr int kCudaInvalidValue = 1;
+constexpr int kCudaNotSupported = 801;
+
+constexpr CudaStatus kFloat64Refused{kCudaNotSupported, nullptr, "float64 is not supported on CUDA"};
+
+// The first thing that a launcher with a workspace does.
+constexpr CudaStatus check_workspace(const CudaContext& context, size_t needed) {
+  if (context.workspace_bytes >= needed) return {};
+  return {kCudaInvalidValue, nullptr, "the workspace is smaller than <op>_cuda_workspace_bytes"};
+}
+
+// Blocks are one-dimensional. `cluster` blocks in x form a thread block cluster (sm_90 and later).
+struct LaunchShape {
+  int64_t x = 1;  // < 2^31
+  int64_t y = 1;  // < 2^16
+  int64_t z = 1;  // < 2^16
+  int32_t threads = 256;
+  int64_t shared_bytes = 0;
+  int32_t cluster = 1;
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+
+}  // namespace csp
