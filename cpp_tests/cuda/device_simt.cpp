@@ -1,4 +1,3 @@
-#include <cstring>
 #include <utility>
 
 #include "device.h"
@@ -29,18 +28,14 @@ void seed_threads(uint64_t seed) {
 }
 
 DeviceBuffer::DeviceBuffer(std::string name, const void* contents, size_t bytes, size_t offset)
-    : bytes_(bytes), offset_(offset) {
-  std::vector<std::byte> padded(offset + bytes);
-  if (bytes > 0) std::memcpy(padded.data() + offset, contents, bytes);
-  memory_.reset(new Memory{{std::move(name), padded.data(), padded.size()}});
-}
+    : memory_(new Memory{{std::move(name), contents, bytes, offset}}), bytes_(bytes) {}
 DeviceBuffer::DeviceBuffer(std::string name, size_t bytes)
     : memory_(new Memory{{std::move(name), nullptr, bytes}}), bytes_(bytes) {}
 DeviceBuffer::~DeviceBuffer() = default;
 DeviceBuffer::DeviceBuffer(DeviceBuffer&&) noexcept = default;
 
 void* DeviceBuffer::data() const {
-  return static_cast<std::byte*>(memory_->device.data()) + offset_;
+  return memory_->device.data();
 }
 std::vector<std::byte> DeviceBuffer::bytes_now() const {
   const auto* const begin = static_cast<const std::byte*>(data());
