@@ -156,12 +156,12 @@ void check(const Problem& p, const CudaDevice& device, DType dtype, uint32_t see
 
 TEST_P(DecodeCuda, EveryHeadDim) {
   uint32_t seed = 0;
-  for (const CudaDevice& device : devices()) {
-    for (const int64_t dim : {1, 7, 8, 32, 40, 64, 72, 80, 96, 128, 136, 256, 264, 512}) {
+  for (const int64_t dim : {1, 7, 8, 32, 40, 64, 72, 80, 96, 128, 136, 256, 264, 512}) {
+    for (const size_t device : {size_t{0}, 1 + seed % 2}) {
       Problem p{1, 2, 1, 1, 100, dim};
       p.group = ++seed % 3 + 1;
       p.queries = seed * 7 % 8 + 1;
-      check(p, device, dtype(), seed);
+      check(p, devices()[device % devices().size()], dtype(), seed);
     }
   }
 }
@@ -190,7 +190,7 @@ TEST_P(DecodeCuda, SlotsOutsideTheRangeNeverLeak) {
   constexpr int32_t kMin = std::numeric_limits<int32_t>::min(), kMax = std::numeric_limits<int32_t>::max();
   uint32_t seed = 300;
   for (const CudaDevice& device : devices()) {
-    for (const int32_t end : {kMin, -1, 0, 1, 3, 64, 100, 290, 300, kMax}) {
+    for (const int32_t end : {kMin, 0, 2, 64, 100, 290, kMax}) {
       check({2, 2, 2, 3, 290, 32, 1.0, end, {0, 33, 64, 288}}, device, dtype(), ++seed);
       check({2, 1, 1, 1, 70, 32, 1.0, end, {-5, 69}}, device, dtype(), ++seed);
       check({3, 1, 1, 2, 70, 24, 1.0, end, {kMin, kMax, 63}}, device, dtype(), ++seed);
