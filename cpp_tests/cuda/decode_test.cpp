@@ -157,7 +157,7 @@ void check(const Problem& p, const CudaDevice& device, DType dtype, uint32_t see
 TEST_P(DecodeCuda, EveryHeadDim) {
   uint32_t seed = 0;
   for (const int64_t dim : {1, 7, 8, 32, 40, 64, 72, 80, 96, 128, 136, 256, 264, 512}) {
-    for (const size_t device : {size_t{0}, 1 + seed % 2}) {
+    for (const size_t device : {0u, 1 + seed % 2}) {
       Problem p{1, 2, 1, 1, 100, dim};
       p.group = ++seed % 3 + 1;
       p.queries = seed * 7 % 8 + 1;
