@@ -276,13 +276,14 @@ TEST_P(DecodeCuda, TheNewestSlotDoesNotSpoilTheOlderQueries) {
 
 TEST_P(DecodeCuda, AVisibleNanIsNotSwallowed) {
   for (const CudaDevice& device : devices()) {
-    for (const int64_t slot : {0, 300, 599}) {
-      const Problem p{1, 1, 1, 1, 600, 24};
+    // The last one fills whole splits.
+    for (const auto& [first, last] : {std::pair{0, 1}, {150, 151}, {299, 300}, {0, 200}}) {
+      const Problem p{1, 1, 1, 1, 300, 24};
       Inputs in(p, dtype(), 6);
-      in.key.set(static_cast<size_t>(slot * p.dim), NAN);
+      for (int64_t s = first; s < last; ++s) in.key.set(static_cast<size_t>(s * p.dim), NAN);
       const Result got = run(p, device, dtype(), in);
-      EXPECT_TRUE(std::isnan(got.lse.read(0))) << slot;
-      for (size_t d = 0; d < 24; ++d) EXPECT_TRUE(std::isnan(got.out.read(d))) << slot;
+      EXPECT_TRUE(std::isnan(got.lse.read(0))) << first;
+      for (size_t d = 0; d < 24; ++d) EXPECT_TRUE(std::isnan(got.out.read(d))) << first;
     }
   }
 }
@@ -316,21 +317,22 @@ TEST_P(DecodeCuda, InfiniteValues) {
     in.value.set(89 * 40 + 11, INFINITY);
     in.value.set(80 * 40 + 20, NAN);
     expect_equal(run(p, device, dtype(), in), truth(p, in), dtype());
+
+    const Problem alone{1, 1, 1, 1, 1, 40};  // a weight of exactly 1
+    Inputs one(alone, dtype(), 10);
+    one.value.set(3, -INFINITY);
+    expect_equal(run(alone, device, dtype(), one), truth(alone, one), dtype());
   }
 }
 
 TEST_P(DecodeCuda, HugeLogitsNeitherOverflowNorVanish) {
   for (const CudaDevice& device : devices()) {
-    for (const double sign : {1.0, -1.0}) {
-      const Problem p{1, 1, 1, 1, 300, 8};
+    for (const double key : {100.0, -100.0, 60000.0, -60000.0}) {
+      const Problem p{1, 1, 1, 1, 200, 8};
       Inputs in(p, dtype(), 7);
-      for (size_t d = 0; d < 8; ++d) in.query.set(d, 200);
-      for (size_t i = 0; i < in.key.size(); ++i) in.key.set(i, sign * 100);
-      const Result got = run(p, device, dtype(), in), want = truth(p, in);
-      EXPECT_NEAR(got.lse.read(0), want.lse.read(0), 0.01);
-      for (size_t d = 0; d < 8; ++d) {
-        EXPECT_NEAR(got.out.read(d), want.out.read(d), rounding(dtype()) * std::abs(want.out.read(d)) + 1e-5);
-      }
+      for (size_t d = 0; d < 8; ++d) in.query.set(d, 2 * std::abs(key) > 60000 ? 60000 : 200);
+      for (size_t i = 0; i < in.key.size(); ++i) in.key.set(i, key);
+      expect_equal(run(p, device, dtype(), in), truth(p, in), dtype());
     }
     // Logits of a few hundred: nearly all the weight on a slot or two.
     check({1, 2, 2, 2, 200, 64}, device, dtype(), 11, 100.0);

@@ -64,6 +64,13 @@ CSP_DEVICE DecodeBlock decode_block(const DecodeArguments& a, int tile) {
   return at;
 }
 
+// Where a split begins among the units of a row: all splits get the same number, or one more.
+CSP_DEVICE int64_t first_unit(int64_t units, int split, int splits) {
+  const auto all = static_cast<uint32_t>(units), each = all / static_cast<uint32_t>(splits);
+  const uint32_t more = all % static_cast<uint32_t>(splits), before = static_cast<uint32_t>(split);
+  return int64_t{each} * before + (before < more ? before : more);
+}
+
 // ---- merging ----
 
 // The softmax of some slots for one row, and one column of its product with the values: both relative to

@@ -77,8 +77,8 @@ void decode_fma_kernel(const DecodeArguments a) {
       global<T>(p.value) + at.batch * p.value_stride.batch + at.head * p.value_stride.head;
   const int64_t slots = at.end > at.begin ? at.end - at.begin : 0;
   const int64_t units = (slots + kSlots - 1) / kSlots;
-  const int64_t last = units * (at.split + 1) / a.splits;
-  for (int64_t unit = units * at.split / a.splits + warp(); unit < last; unit += kDecodeWarps) {
+  const int64_t last = first_unit(units, at.split + 1, a.splits);
+  for (int64_t unit = first_unit(units, at.split, a.splits) + warp(); unit < last; unit += kDecodeWarps) {
     const int64_t slot = at.begin + unit * kSlots;
     const int count = static_cast<int>(at.end - slot < kSlots ? at.end - slot : kSlots);
     Vec<T, kVec> k[kSlots][kPieces], v[kSlots][kPieces];

@@ -26,6 +26,7 @@ struct DecodeMma {
   static_assert(kRing * 2 >= kRows * kStride * 4, "the ring holds the warp's result at the end");
   // Weights are in [0, 2^kBias]. In fp16 they need the room: 1 is only 2^24 above its smallest number.
   static constexpr float kBias = std::is_same_v<T, Half> ? 15 : 0;
+  static constexpr float kUnit = std::is_same_v<T, Half> ? 0x1p-15f : 1;  // 2^-kBias
   // What clears the bits of a float that T has no place for, and a weight so small that no result shows it.
   static constexpr uint32_t kHighBits = std::is_same_v<T, Half> ? 0xffffe000u : 0xffff0000u;
   static constexpr float kTiny = std::is_same_v<T, Half> ? 0x1p-24f : 0x1p-126f;
@@ -107,7 +108,7 @@ CSP_DEVICE void soften(float (&s)[2][4], const int (&seen)[2], float scale, floa
     CSP_UNROLL
     for (int e = 0; e < 4; ++e) {
       float& x = s[e / 2][2 * i + e % 2];
-      x = exp2_approx(x - (shift - bias));
+      x = exp2_approx(x - shift + bias);
       rows.sum[i] += x;
     }
   }
@@ -184,12 +185,23 @@ void decode_mma_kernel(const DecodeArguments a) {
   const Shared<float> tops = arena.take<float>(Cut::kRows * kDecodeWarps);
   const Shared<float> sums = arena.take<float>(Cut::kRows * kDecodeWarps);
 
+  // The queries travel with the first keys, and are asked for while start and end are on their way.
+  const Global<const T> query = global<T>(p.query) + at.batch * p.query_stride.batch +
+                                at.head * (a.rows / queries_per_head) * p.query_stride.head;
+  for (int piece = thread(); piece < Cut::kRows * kDim / 8; piece += kDecodeThreads) {
+    const int row = piece / (kDim / 8), column = piece % (kDim / 8) * 8, from = at.first_row + row;
+    copy_async(queries + row * Cut::kStride + column,
+               query + from / queries_per_head * p.query_stride.head +
+                   from % queries_per_head * p.query_stride.row + column,
+               row < at.rows && column < p.head_dim);
+  }
+
   // Units of 16 slots that all queries see, and at last one of the newest slots.
   const int64_t newest = at.common > at.begin ? at.common : at.begin;
   const int64_t whole = (newest - at.begin + Cut::kSlots - 1) / Cut::kSlots;
   const int64_t units = whole + (newest < at.end ? 1 : 0);
-  const int64_t last = units * (at.split + 1) / a.splits;
-  int64_t unit = units * at.split / a.splits + warp();
+  const int64_t last = first_unit(units, at.split + 1, a.splits);
+  int64_t unit = first_unit(units, at.split, a.splits) + warp();
   const auto first_slot = [&](int64_t u) { return u < whole ? at.begin + u * Cut::kSlots : newest; };
   const auto slots_of = [&](int64_t u) { return (u < whole ? at.common : at.end) - first_slot(u); };
 
@@ -212,16 +224,6 @@ void decode_mma_kernel(const DecodeArguments a) {
     copy_async_commit();
   };
 
-  // The queries travel with the first keys.
-  const Global<const T> query = global<T>(p.query) + at.batch * p.query_stride.batch +
-                                at.head * (a.rows / queries_per_head) * p.query_stride.head;
-  for (int piece = thread(); piece < Cut::kRows * kDim / 8; piece += kDecodeThreads) {
-    const int row = piece / (kDim / 8), column = piece % (kDim / 8) * 8, from = at.first_row + row;
-    copy_async(queries + row * Cut::kStride + column,
-               query + from / queries_per_head * p.query_stride.head +
-                   from % queries_per_head * p.query_stride.row + column,
-               row < at.rows && column < p.head_dim);
-  }
   CSP_UNROLL
   for (int stage = 0; stage < Cut::kStages; ++stage) {
     copy_keys(unit + stage * kDecodeWarps, stage);
@@ -280,13 +282,13 @@ void decode_mma_kernel(const DecodeArguments a) {
     sum += shuffle_xor(sum, 1);
     sum += shuffle_xor(sum, 2);
     if (lane() % 4 == 0) {
-      tops[(row + 8 * i) * kDecodeWarps + warp()] = sum == sum ? rows.top[i] - Cut::kBias : sum;
-      sums[(row + 8 * i) * kDecodeWarps + warp()] = sum;
+      tops[(row + 8 * i) * kDecodeWarps + warp()] = sum == sum ? rows.top[i] : sum;
+      sums[(row + 8 * i) * kDecodeWarps + warp()] = sum * Cut::kUnit;
     }
     if (worked && row + 8 * i < at.rows) {
       CSP_UNROLL
       for (int j = 0; j < kDim / 8; ++j) {
-        const Vec<float, 2> pair{{out[j][2 * i], out[j][2 * i + 1]}};
+        const Vec<float, 2> pair{{out[j][2 * i] * Cut::kUnit, out[j][2 * i + 1] * Cut::kUnit}};
         store_vec(result + (row + 8 * i) * Cut::kStride + 8 * j + 2 * (lane() % 4), pair);
       }
     }
