@@ -38,9 +38,7 @@ inline Buffer from_device(const DeviceBuffer& device, DType dtype) {
 }
 
 // |got - want| <= relative * |want| + absolute, element by element; a NaN only where one is wanted.
-inline void expect_close(const DeviceBuffer& device, DType dtype, const Buffer& want, double relative,
-                         double absolute) {
-  const Buffer got = from_device(device, dtype);
+inline void expect_close(const Buffer& got, const Buffer& want, double relative, double absolute) {
   ASSERT_EQ(got.size(), want.size());
   int shown = 0;
   for (size_t i = 0; i < got.size() && shown < 5; ++i) {
@@ -50,6 +48,11 @@ inline void expect_close(const DeviceBuffer& device, DType dtype, const Buffer& 
     ADD_FAILURE() << "element " << i << " is " << x << ", not " << y;
     ++shown;
   }
+}
+
+inline void expect_close(const DeviceBuffer& device, DType dtype, const Buffer& want, double relative,
+                         double absolute) {
+  expect_close(from_device(device, dtype), want, relative, absolute);
 }
 
 inline void expect_ok(const CudaStatus& status) {

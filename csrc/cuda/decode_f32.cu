@@ -1,0 +1,8 @@
+#include "decode_launch.cuh"
+
+namespace csp {
+
+template CudaStatus launch_decode<DType::kFloat32>(const DecodeParams&, const DecodeCudaPlan&,
+                                                   const CudaContext&);
+
+}  // namespace csp
