@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 #include "csp/cuda.h"
 
 // What the host code of a launcher needs, without a CUDA header.
@@ -34,6 +36,18 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
 
 constexpr int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
+}
+
+// The most bytes, of 1, 2, 4, 8 and 16, that one access may move where all of these (addresses, strides and
+// lengths in bytes) are multiples of it.
+template <typename... Integers>
+constexpr int vector_bytes(Integers... multiples) {
+  const uint64_t bits = (static_cast<uint64_t>(multiples) | ... | 16u);
+  return static_cast<int>(bits & (~bits + 1));
+}
+
+inline uint64_t address_of(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer);
 }
 
 }  // namespace csp
