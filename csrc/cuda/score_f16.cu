@@ -1,0 +1,8 @@
+#include "score_launch.cuh"
+
+namespace csp {
+
+template CudaStatus launch_score<DType::kFloat16>(const ScoreParams&, const ScoreCudaPlan&,
+                                                  const CudaContext&);
+
+}  // namespace csp

@@ -1,0 +1,471 @@
+#pragma once
+
+#include "score.cuh"
+
+// score on tensor cores, in two passes. Both keep 32 rows of one operand in the registers of a warp and let
+// the other stream through shared memory, 16 rows at a step:
+//   first:  queries stay, keys stream:  the normaliser of each query,
+//   second: keys stay, queries stream:  the column sums.
+namespace csp::score_kernels {
+
+// ---- tiles of rows in shared memory ----
+
+// Row r of a tile is kDim elements; its 16-byte chunks are permuted so that eight rows at one chunk lie in
+// different banks, whatever kDim.
+template <int kDim>
+struct Tile {
+  static constexpr int kChunks = kDim / 8;
+  static constexpr int kPhases = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
+  static constexpr int kKeyTile = mma_key_tile(kDim), kQueryTile = mma_query_tile(kDim);
+  // Neighbouring threads that copy one row.
+  static constexpr int kLanes = kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
+
+  static CSP_DEVICE int permute(int row) { return row / (8 / kPhases) % kPhases; }
+  static CSP_DEVICE int at(int row, int chunk) { return row * kDim + (chunk ^ permute(row)) * 8; }
+};
+
+// Which row and chunk of a 16 x 16 block this lane names to ldmatrix. `kStationary`: as the left operand of
+// mma_m16n8k16, otherwise as the right operands of two.
+template <bool kStationary>
+CSP_DEVICE int fragment_row() {
+  return kStationary ? lane() % 16 : lane() / 16 * 8 + lane() % 8;
+}
+template <bool kStationary>
+CSP_DEVICE int fragment_chunk() {
+  return kStationary ? lane() / 16 : lane() / 8 % 2;
+}
+
+// Fragments of rows `row`.. + 16 at dims 16 step.. + 16.
+template <int kDim, bool kStationary, typename T>
+CSP_DEVICE void load_fragments(uint32_t (&out)[4], Shared<T> tile, int row, int step) {
+  ldmatrix(out, tile + Tile<kDim>::at(row + fragment_row<kStationary>(),
+                                      2 * step + fragment_chunk<kStationary>()));
+}
+
+// Keys first .. first + count - 1 of a head, zeros from `end` on; this is thread `me` of kThreads that copy.
+template <int kDim, int kThreads, typename T>
+CSP_DEVICE void copy_keys(const ScoreArgs& a, Shared<T> to, Global<const T> keys, int first, int count,
+                          int end, int me) {
+  using Rows = Tile<kDim>;
+  constexpr int kStride = kThreads / Rows::kLanes;
+  const int chunk = me % Rows::kLanes;
+  const bool in_dim = 8 * chunk < a.head_dim;
+  if (chunk >= Rows::kChunks) return;
+  CSP_UNROLL
+  for (int base = 0; base < count; base += kStride) {
+    const int row = base + me / Rows::kLanes;
+    const int64_t at = static_cast<int64_t>(first + row) * a.key_stride.row + 8 * chunk;
+    copy_async(to + Rows::at(row, chunk), keys + at, in_dim && first + row < end);
+  }
+}
+
+// Rows of the query matrix, zeros past its end.
+template <int kDim, typename T>
+CSP_DEVICE void copy_queries(const ScoreArgs& a, Shared<T> to, Global<const T> queries, int first,
+                             int count) {
+  using Rows = Tile<kDim>;
+  constexpr int kStride = kMmaThreads / Rows::kLanes;
+  const int chunk = thread() % Rows::kLanes;
+  const bool in_dim = 8 * chunk < a.head_dim;
+  if (chunk >= Rows::kChunks) return;
+  // One division here, none in the loop.
+  int row = thread() / Rows::kLanes;
+  int query = (first + row) / a.group, in_group = first + row - query * a.group;
+  const int more_queries = kStride / a.group, more_in_group = kStride - more_queries * a.group;
+  for (; row < count; row += kStride) {
+    const int64_t at = query * a.query_stride.row + in_group * a.query_stride.head + 8 * chunk;
+    copy_async(to + Rows::at(row, chunk), queries + at, in_dim && first + row < a.rows);
+    query += more_queries;
+    in_group += more_in_group;
+    if (in_group >= a.group) {
+      in_group -= a.group;
+      ++query;
+    }
+  }
+}
+
+// d += stationary [32, D] times the 16 rows of `tile` from `row` on, transposed.
+template <typename T, int kDim>
+CSP_DEVICE void multiply(float (&d)[2][2][4], const uint32_t (&stationary)[2][kDim / 16][4], Shared<T> tile,
+                         int row) {
+  CSP_UNROLL
+  for (int step = 0; step < kDim / 16; ++step) {
+    uint32_t b[4];
+    load_fragments<kDim, false>(b, tile, row, step);
+    CSP_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      mma_m16n8k16<T>(d[m][0], stationary[m][step], b[0], b[1]);
+      mma_m16n8k16<T>(d[m][1], stationary[m][step], b[2], b[3]);
+    }
+  }
+}
+
+// ---- first pass ----
+
+// Bit k of the result: key first + k of the step is no padding. `word` holds 32 such bits in lane w for keys
+// 32 w.. of the tile.
+CSP_DEVICE uint32_t step_bits(uint32_t word, int step) {
+  return shuffle(word, step / 2) >> (step % 2 * 16) & 0xffffu;
+}
+
+// A block: a row tile of a head and one split of its keys. Its warps are a grid of row_warps x key_warps, as
+// the number of rows allows; the sums of the key_warps are added at the end.
+template <typename T, int kDim>
+CSP_KERNEL(kMmaThreads, kDim <= 128 ? 2 : 1)
+void score_rows_mma(const ScoreArgs a) {
+  constexpr int kWarps = kMmaThreads / 32, kTile = Tile<kDim>::kKeyTile, kSteps = kTile / kScoreStep;
+  constexpr int kTileElements = kTile * kDim, kWords = kTile / 32;
+  SharedArena arena;
+  const Shared<T> stages = arena.take<T>(kMmaStages * kTileElements);
+  const Shared<float> sums = arena.take<float>(kMmaThreads * 2);
+
+  const int split = static_cast<int>(block_x() % a.splits);
+  const int64_t block = block_x() / a.splits;
+  const Head head = head_of(a, block / a.row_tiles);
+  const int first = static_cast<int>(block % a.row_tiles) * a.tile_rows;
+  const int count = a.rows - first < a.tile_rows ? a.rows - first : a.tile_rows;
+
+  const int warp_rows = (count + kScoreStationary - 1) / kScoreStationary;
+  const int row_warps = warp_rows > 4 ? 8 : warp_rows > 2 ? 4 : warp_rows;
+  const int key_warps = kWarps / row_warps < kSteps ? kWarps / row_warps : kSteps;
+  const int row_warp = warp() % row_warps, key_warp = warp() / row_warps;
+  const int my_first = first + row_warp * kScoreStationary;
+  const bool busy = row_warp < warp_rows && key_warp < key_warps;
+  const int sure = last_key(a, my_first);  // every row of the warp sees the keys up to here
+
+  // Keys that some row of the block sees.
+  const int begin = split * a.split_keys;
+  const int seen = last_key(a, first + count - 1) + 1;
+  const int end = seen - begin < a.split_keys ? seen : begin + a.split_keys;
+  const int tiles = end > begin ? (end - begin + kTile - 1) / kTile : 0;
+  const Global<const T> keys = keys_of<T>(a, head);
+  const auto copy_tile = [&](int tile) {
+    if (tile < tiles) {
+      copy_keys<kDim, kMmaThreads>(a, stages + tile % kMmaStages * kTileElements, keys, begin + tile * kTile,
+                                   kTile, end, thread());
+    }
+    copy_async_commit();
+  };
+
+  // The queries pass through the last one or two stages on their way to the registers.
+  const bool wide = count > kTile;
+  const Shared<T> queries = stages + (wide ? 1 : 2) * kTileElements;
+  copy_queries<kDim>(a, queries, queries_of<T>(a, head), first, warp_rows * kScoreStationary);
+  copy_async_commit();
+  copy_tile(0);
+  if (wide) {
+    copy_async_wait<1>();
+  } else {
+    copy_tile(1);
+    copy_async_wait<2>();
+  }
+  sync_block();
+  uint32_t q[2][kDim / 16][4] = {};
+  if (busy) {
+    CSP_UNROLL
+    for (int step = 0; step < kDim / 16; ++step) {
+      CSP_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        load_fragments<kDim, true>(q[m][step], queries, row_warp * kScoreStationary + 16 * m, step);
+      }
+    }
+  }
+  if (wide) {
+    sync_block();
+    copy_tile(1);
+  }
+
+  // This lane holds rows g, g + 8, g + 16 and g + 24 of its warp, g = lane / 4.
+  RowSum rows[4];
+  int modality[kWords];  // of keys lane, lane + 32, ... of the next tile
+  const auto load_modality = [&](int tile) {
+    CSP_UNROLL
+    for (int w = 0; w < kWords; ++w) {
+      const int key = begin + tile * kTile + 32 * w + lane();
+      modality[w] = key_modality(a, head, key, end);
+    }
+  };
+  load_modality(0);
+  for (int tile = 0; tile < tiles; ++tile) {
+    uint32_t word = 0;
+    CSP_UNROLL
+    for (int w = 0; w < kWords; ++w) {
+      const uint32_t bits = ballot(modality[w] >= 0);
+      if (lane() == w) word = bits;
+    }
+    load_modality(tile + 1);
+    copy_async_wait<kMmaStages - 2>();
+    sync_block();
+    copy_tile(tile + kMmaStages - 1);
+    if (!busy) continue;
+    for (int step = key_warp; step < kSteps; step += key_warps) {
+      const uint32_t bits = step_bits(word, step);
+      if (bits == 0) continue;
+      float t[2][2][4] = {};
+      multiply<T, kDim>(t, q, stages + tile % kMmaStages * kTileElements, step * kScoreStep);
+      CSP_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        CSP_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          CSP_UNROLL
+          for (int e = 0; e < 4; ++e) t[m][n][e] *= a.scale;
+        }
+      }
+      const int key = begin + tile * kTile + step * kScoreStep;
+      if (bits != 0xffffu || key + kScoreStep - 1 > sure) {
+        CSP_UNROLL
+        for (int m = 0; m < 2; ++m) {
+          CSP_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            const int last = last_key(a, my_first + 16 * m + e / 2 * 8 + lane() / 4) - key;
+            CSP_UNROLL
+            for (int n = 0; n < 2; ++n) {
+              const int k = 8 * n + lane() % 4 * 2 + e % 2;
+              if (k > last || (bits >> k & 1) == 0) t[m][n][e] = -kInfinity;
+            }
+          }
+        }
+      }
+      float top[4];
+      bool raise = false;
+      CSP_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const float (&x)[2][4] = t[r / 2];
+        const int e = r % 2 * 2;
+        top[r] = fmaxf(fmaxf(x[0][e], x[0][e + 1]), fmaxf(x[1][e], x[1][e + 1]));
+        raise |= top[r] > rows[r].top + kSlack;
+      }
+      if (any(raise)) {
+        CSP_UNROLL
+        for (int r = 0; r < 4; ++r) rows[r] = add(rows[r], {top[r], 0});
+      }
+      CSP_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const float (&x)[2][4] = t[r / 2];
+        const int e = r % 2 * 2;
+        const float shift = rows[r].top;
+        rows[r].sum += (exp2_approx(x[0][e] - shift) + exp2_approx(x[0][e + 1] - shift)) +
+                       (exp2_approx(x[1][e] - shift) + exp2_approx(x[1][e + 1] - shift));
+      }
+    }
+  }
+  copy_async_wait<0>();
+
+  if (busy) {
+    CSP_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const RowSum row = reduce_lanes<1, 2>(rows[r]);
+      if (lane() % 4 == 0) {
+        const int at = (key_warp * row_warps + row_warp) * kScoreStationary + r * 8 + lane() / 4;
+        store_vec(sums + 2 * at, Vec<float, 2>{{row.top, row.sum}});
+      }
+    }
+  }
+  sync_block();
+  if (thread() < count) {
+    RowSum row;
+    for (int w = 0; w < key_warps; ++w) {
+      const Vec<float, 2> part = load_vec<2>(sums + 2 * (w * row_warps * kScoreStationary + thread()));
+      row = add(row, {part[0], part[1]});
+    }
+    const int64_t at = (head.in_launch * a.rows + first + thread()) * a.splits + split;
+    store_row_sum(global<float>(a.partials) + 2 * at, row);
+  }
+}
+
+// ---- second pass ----
+
+// Constants and modalities of the rows that the second pass is at, and what the 16 rows of a step have in
+// common: a modality, -1 (nothing to do) or kMixed.
+struct RowTable {
+  Shared<float> constant;
+  Shared<int8_t> modality;
+  Shared<int8_t> common;
+};
+
+// Rows first .. first + count - 1 of the table, by all threads of the block.
+template <int kThreads>
+CSP_DEVICE void fill_rows(const ScoreArgs& a, const Head& head, const RowTable& table, int first, int count) {
+  for (int base = 0; base < count; base += kThreads) {
+    const int at = base + thread();
+    float constant = 0;
+    const int modality = at < count ? row_constant(a, head, first + at, &constant) : -1;
+    const uint32_t same = ballot(modality == shuffle(modality, lane() & 16)) >> (lane() & 16) & 0xffffu;
+    if (at < count) {
+      table.constant[at] = constant;
+      table.modality[at] = static_cast<int8_t>(modality);
+      if (lane() % 16 == 0) table.common[at / 16] = static_cast<int8_t>(same == 0xffffu ? modality : kMixed);
+    }
+  }
+}
+
+// Column sums of the four keys of a lane. Rows of one modality add up in `run` until another comes.
+struct ColumnSums {
+  float self[4] = {};
+  float cross[4] = {};
+  float run[4] = {};
+  int run_modality = -1;
+
+  CSP_DEVICE void flush(const int (&key_modality)[4]) {
+    CSP_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      add(k, run[k], key_modality[k] == run_modality);
+      run[k] = 0;
+    }
+  }
+  CSP_DEVICE void add(int k, float p, bool same) {
+    self[k] += same ? p : 0.0f;
+    cross[k] += same ? 0.0f : p;
+  }
+};
+
+// A block: key_warps * 32 keys of a head, against all rows that see one of them. Its warps are a grid of
+// key_warps x row_warps; the sums of the row_warps are added at the end. Heads come in the reverse order of
+// the first pass.
+template <typename T, int kDim>
+CSP_KERNEL(kMmaThreads, kDim <= 128 ? 2 : 1)
+void score_columns_mma(const ScoreArgs a) {
+  constexpr int kWarps = kMmaThreads / 32, kTile = Tile<kDim>::kQueryTile, kSteps = kTile / kScoreStep;
+  const int tile_keys = a.key_warps * kScoreStationary;
+  SharedArena arena;
+  const Shared<T> key_tile = arena.take<T>(tile_keys * kDim);
+  const Shared<T> stages = arena.take<T>(2 * kTile * kDim);
+  const RowTable table{arena.take<float>(kMmaConstantRows), arena.take<int8_t>(kMmaConstantRows),
+                       arena.take<int8_t>(kMmaConstantRows / kScoreStep)};
+
+  const Head head = head_of(a, a.num_heads - 1 - block_x() / a.column_tiles);
+  const int first_key = static_cast<int>(block_x() % a.column_tiles) * tile_keys;
+  const int row_warps = kWarps / a.key_warps < kSteps ? kWarps / a.key_warps : kSteps;
+  const int key_warp = warp() % a.key_warps, row_warp = warp() / a.key_warps;
+  const int my_keys = first_key + key_warp * kScoreStationary;
+
+  // This lane holds keys g, g + 8, g + 16 and g + 24 of its warp, g = lane / 4.
+  int modality[4];
+  bool real = false;
+  CSP_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    modality[k] = key_modality(a, head, my_keys + 8 * k + lane() / 4, a.keys);
+    real |= modality[k] >= 0;
+  }
+  if (!sync_block_any(real)) {
+    if (thread() < tile_keys && first_key + thread() < a.keys) {
+      store_columns(a, head, first_key + thread(), -1, 0, 0);
+    }
+    return;
+  }
+  const Global<const T> queries = queries_of<T>(a, head);
+  const int begin = first_row(a, first_key) / kTile * kTile;
+  const auto copy_tile = [&](int row) {
+    if (row < a.rows) {
+      const int left = (a.rows - row + kScoreStep - 1) / kScoreStep * kScoreStep;
+      copy_queries<kDim>(a, stages + row / kTile % 2 * (kTile * kDim), queries, row,
+                         left < kTile ? left : kTile);
+    }
+    copy_async_commit();
+  };
+  const auto fill_table = [&](int row) {
+    const int left = (a.rows - row + kScoreStep - 1) / kScoreStep * kScoreStep;
+    fill_rows<kMmaThreads>(a, head, table, row, left < kMmaConstantRows ? left : kMmaConstantRows);
+  };
+  copy_keys<kDim, kMmaThreads>(a, key_tile, keys_of<T>(a, head), first_key, tile_keys, a.keys, thread());
+  copy_tile(begin);
+  fill_table(begin);
+  copy_async_wait<0>();
+  sync_block();
+  uint32_t k_fragments[2][kDim / 16][4];
+  CSP_UNROLL
+  for (int step = 0; step < kDim / 16; ++step) {
+    CSP_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      load_fragments<kDim, true>(k_fragments[m][step], key_tile, key_warp * kScoreStationary + 16 * m, step);
+    }
+  }
+
+  ColumnSums sums;
+  // The first rows that see some of the warp's keys, and all of them.
+  const int some = first_row(a, my_keys), all = first_row(a, my_keys + kScoreStationary - 1);
+  int table_row = begin;
+  for (int row = begin; row < a.rows; row += kTile) {
+    if (row - table_row == kMmaConstantRows) {
+      sync_block();
+      fill_table(row);
+      table_row = row;
+    }
+    copy_async_wait<0>();
+    sync_block();
+    copy_tile(row + kTile);
+    for (int step = row_warp; step < kSteps; step += row_warps) {
+      const int step_row = row + step * kScoreStep;
+      const int at = step_row - table_row;
+      if (step_row >= a.rows || step_row + kScoreStep <= some) continue;
+      const int common = table.common[at / kScoreStep];
+      if (common == -1) continue;
+      float t[2][2][4] = {};
+      multiply<T, kDim>(t, k_fragments, stages + row / kTile % 2 * (kTile * kDim), step * kScoreStep);
+      CSP_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        const Vec<float, 2> constant = load_vec<2>(table.constant + at + 8 * n + lane() % 4 * 2);
+        CSP_UNROLL
+        for (int m = 0; m < 2; ++m) {
+          CSP_UNROLL
+          for (int e = 0; e < 4; ++e) t[m][n][e] = exp2_approx(t[m][n][e] * a.scale - constant[e % 2]);
+        }
+      }
+      if (common >= 0 && step_row >= all) {
+        if (common != sums.run_modality) {
+          sums.flush(modality);
+          sums.run_modality = common;
+        }
+        CSP_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          const float (&p)[2][4] = t[k / 2];
+          const int e = k % 2 * 2;
+          sums.run[k] += (p[0][e] + p[0][e + 1]) + (p[1][e] + p[1][e + 1]);
+        }
+      } else {
+        CSP_UNROLL
+        for (int r = 0; r < 4; ++r) {
+          const int in_step = r / 2 * 8 + lane() % 4 * 2 + r % 2;
+          const int row_modality = static_cast<int8_t>(table.modality[at + in_step]);
+          CSP_UNROLL
+          for (int k = 0; k < 4; ++k) {
+            const bool sees =
+                row_modality >= 0 && step_row + in_step >= first_row(a, my_keys + 8 * k + lane() / 4);
+            const float p = sees ? t[k / 2][r / 2][k % 2 * 2 + r % 2] : 0.0f;
+            sums.add(k, p, row_modality == modality[k]);
+          }
+        }
+      }
+    }
+  }
+  sums.flush(modality);
+  copy_async_wait<0>();
+  sync_block();
+
+  // The row table is done with: the sums of the warps take its place, [row warp, self and cross, key].
+  CSP_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    CSP_UNROLL
+    for (int mask = 1; mask <= 2; mask *= 2) {
+      sums.self[k] += shuffle_xor(sums.self[k], mask);
+      sums.cross[k] += shuffle_xor(sums.cross[k], mask);
+    }
+    if (lane() % 4 == 0 && row_warp < row_warps) {
+      const int at = row_warp * 2 * tile_keys + key_warp * kScoreStationary + 8 * k + lane() / 4;
+      table.constant[at] = sums.self[k];
+      table.constant[at + tile_keys] = sums.cross[k];
+    }
+  }
+  sync_block();
+  const int key = first_key + thread();
+  if (thread() < tile_keys && key < a.keys) {
+    float self = 0, cross = 0;
+    for (int w = 0; w < row_warps; ++w) {
+      self += table.constant[2 * w * tile_keys + thread()];
+      cross += table.constant[(2 * w + 1) * tile_keys + thread()];
+    }
+    store_columns(a, head, key, key_modality(a, head, key, a.keys), self, cross);
+  }
+}
+
+}  // namespace csp::score_kernels
