@@ -9,7 +9,7 @@
 namespace csp {
 
 // What one call of an op costs, known before it runs. Only the shape and the options of the
-// params are looked at, never a pointer, except whether score.lse is null.
+// params are looked at, never a pointer, except whether an optional input is null.
 struct Plan {
   int64_t workspace_bytes = 0;  // scratch that the caller hands over, inputs and outputs apart
   int64_t bytes_read = 0;       // every input once, rows that are not copied left out

@@ -1,0 +1,151 @@
+#include "csp/select.h"
+
+#include "csp/plan.h"
+#include "select_plan.h"
+#include "support.h"
+
+namespace csp::test {
+namespace {
+
+class SelectCuda : public PerCudaDType {};
+
+// Both paths: the rows of a block, and the sorts with every row in a group of its own.
+constexpr SelectLimits kBlocks, kSorts{0, 1};
+
+struct Problem {
+  SelectParams params;
+  Buffer self, cross;
+  std::vector<int8_t> modality, query_modality;
+  std::vector<int32_t> indices, lengths;
+  CudaDevice device = devices().back();
+  SelectLimits limits;
+
+  Problem(DType dtype, int64_t batch, int64_t heads, int64_t keys, int64_t window)
+      : self(dtype, static_cast<size_t>(batch * heads * keys)),
+        cross(dtype, static_cast<size_t>(batch * heads * keys)),
+        modality(static_cast<size_t>(batch * keys), 0),
+        query_modality(static_cast<size_t>(batch * window), 0) {
+    params.dtype = dtype;
+    params.batch = batch;
+    params.score_heads = heads;
+    params.keys = keys;
+    params.window = window;
+  }
+
+  // Scores of few small whole numbers: ties everywhere.
+  void fill(uint32_t seed, uint32_t levels) {
+    std::mt19937 generator(seed);
+    for (size_t i = 0; i < self.size(); ++i) {
+      self.set(i, generator() % levels);
+      cross.set(i, generator() % levels);
+    }
+    fill_modality(seed);
+  }
+  // Scores spread over many powers of two, as softmax makes them.
+  void fill_real(uint32_t seed) {
+    std::mt19937 generator(seed);
+    std::normal_distribution<double> normal(-8, 3);
+    for (size_t i = 0; i < self.size(); ++i) {
+      self.set(i, std::exp2(normal(generator)));
+      cross.set(i, std::exp2(normal(generator)));
+    }
+    fill_modality(seed);
+  }
+  void fill_modality(uint32_t seed) {
+    std::mt19937 generator(seed + 77);
+    int8_t run = 0;
+    for (int8_t& m : modality) {
+      if (generator() % 12 == 0) run = static_cast<int8_t>(generator() % 3 * 60);
+      m = generator() % 9 == 0 ? int8_t{-1} : run;
+    }
+    for (int8_t& m : query_modality) m = static_cast<int8_t>((static_cast<int>(generator() % 4) - 1) * 60);
+  }
+
+  void on_cpu() {
+    const size_t rows = static_cast<size_t>(params.batch * params.score_heads);
+    indices.assign(rows * static_cast<size_t>(params.budget), -7);
+    lengths.assign(rows, -7);
+    SelectParams p = params;
+    p.self = self.data();
+    p.cross = cross.data();
+    p.modality = modality.data();
+    p.query_modality = query_modality.data();
+    p.indices = indices.data();
+    p.lengths = lengths.data();
+    const Workspace workspace(select_cpu_workspace_bytes(p, 1));
+    select_cpu(p, workspace.get());
+  }
+
+  // The slots of every row, then the lengths.
+  std::pair<std::vector<int32_t>, std::vector<int32_t>> on_device() const {
+    const DeviceBuffer own = to_device("self", self), other = to_device("cross", cross);
+    const DeviceBuffer keys_of = to_device("modality", modality);
+    const DeviceBuffer queries_of = to_device("query_modality", query_modality);
+    const size_t rows = static_cast<size_t>(params.batch * params.score_heads);
+    const DeviceBuffer slots("indices", rows * static_cast<size_t>(params.budget) * sizeof(int32_t));
+    const DeviceBuffer sizes("lengths", rows * sizeof(int32_t));
+    SelectParams p = params;
+    p.self = own.data();
+    p.cross = other.data();
+    p.modality = static_cast<const int8_t*>(keys_of.data());
+    p.query_modality = static_cast<const int8_t*>(queries_of.data());
+    p.indices = static_cast<int32_t*>(slots.data());
+    p.lengths = static_cast<int32_t*>(sizes.data());
+    const SelectPlan plan = make_select_plan(p, device, limits);
+    const uint32_t before = launches();
+    expect_ok(launch_select(p, plan, Launch(device, static_cast<size_t>(plan.workspace_bytes)).context()));
+    EXPECT_TRUE(!in_harness() || launches() - before == plan.launches);
+    return {slots.values<int32_t>(), sizes.values<int32_t>()};
+  }
+
+  void check() {
+    const SelectParams& p = params;
+    SCOPED_TRACE(testing::Message() << "L " << p.keys << ", O " << p.window << ", T " << p.budget << ", R "
+                                    << p.recent << ", combine " << static_cast<int>(p.combine) << ", pool "
+                                    << static_cast<int>(p.pool) << " " << p.pool_kernel << ", rho "
+                                    << p.rho_thousandths << ", k_self " << p.k_self << ", sorts "
+                                    << (limits.block_keys == 0));
+    on_cpu();
+    const auto [slots, sizes] = on_device();
+    ASSERT_EQ(sizes, lengths);
+    ASSERT_EQ(slots, indices);
+  }
+};
+
+// Draws the options of a problem.
+void draw_options(std::mt19937& generator, SelectParams& p) {
+  constexpr int32_t kRhos[] = {0, 123, 500, 900, 1000};
+  p.budget = static_cast<int64_t>(generator() % static_cast<uint32_t>(p.keys * 5 / 4 + 2));
+  p.recent = std::min<int64_t>(p.budget, generator() % 3 == 0 ? p.budget : generator() % 9);
+  p.combine = static_cast<Combine>(generator() % 3);
+  p.pool = static_cast<Pool>(generator() % 3);
+  p.pool_kernel = 1 + 2 * (generator() % 7);
+  p.rho_thousandths = kRhos[generator() % 5];
+  p.causal = generator() % 3 != 0;
+  p.k_self = p.k_cross = -1;
+  if (p.combine != Combine::kCalibrated && generator() % 3 == 0) {
+    p.k_self = static_cast<int64_t>(generator() % static_cast<uint32_t>(p.budget - p.recent + 1));
+    p.k_cross = p.budget - p.recent - p.k_self;
+  }
+}
+
+TEST_P(SelectCuda, MatchesTheCpuKernel) {
+  std::mt19937 generator(static_cast<uint32_t>(GetParam()) + 1);
+  for (int i = 0; i < 150; ++i) {
+    const int64_t keys = 1 + generator() % (i % 5 == 0 ? 600 : 90);
+    Problem problem(GetParam(), 1 + i % 2, 1 + i % 3 / 2, keys, std::min<int64_t>(keys, generator() % 24));
+    problem.fill(generator(), i % 4 == 0 ? 1 + generator() % 4 : 300);
+    if (i % 4 == 1) problem.fill_real(generator());
+    draw_options(generator, problem.params);
+    seed_threads(generator());
+    problem.device = devices()[generator() % devices().size()];
+    problem.limits = kBlocks;
+    problem.check();
+    if (HasFatalFailure()) return;
+  }
+}
+
+CSP_INSTANTIATE_CUDA(SelectCuda);
+
+}  // namespace
+}  // namespace csp::test

@@ -1,0 +1,610 @@
+#pragma once
+
+#include "select_candidates.cuh"
+#include "select_plan.h"
+
+// The small path of select: one block per row, everything in one launch.
+namespace csp {
+namespace {
+
+using namespace simt;
+
+constexpr int kStrips = 8;       // of 32 keys that a warp has in flight
+constexpr int kNear = 4;         // steps up to which pooling takes its neighbours in whole vectors
+constexpr uint32_t kCrowd = 32;  // more members of a bin than this are not compared one by one
+
+// ---- reading ----
+
+template <typename T>
+CSP_DEVICE void load_strips(const void* scores, int64_t offset, int begin, int end, float (&out)[kStrips]) {
+  const Global<const T> from = global<T>(scores) + offset;
+  CSP_UNROLL
+  for (int i = 0; i < kStrips; ++i) {
+    const int j = begin + 32 * i + lane();
+    if (j < end) out[i] = to_float(load_readonly<1>(from + j)[0]);
+  }
+}
+
+CSP_DEVICE void load_strips(DType dtype, const void* scores, int64_t offset, int begin, int end,
+                            float (&out)[kStrips]) {
+  if (dtype == DType::kFloat32) {
+    load_strips<float>(scores, offset, begin, end, out);
+  } else if (dtype == DType::kFloat16) {
+    load_strips<Half>(scores, offset, begin, end, out);
+  } else {
+    load_strips<BFloat16>(scores, offset, begin, end, out);
+  }
+}
+
+// What a thread, and then the block, finds among the listed scores.
+struct Totals {
+  double sum_self = 0, sum_cross = 0;  // without NaNs
+  uint32_t listed_self = 0, listed_cross = 0;
+  uint32_t low_self = kAbsent, low_cross = kAbsent;  // the range of the keys
+  uint32_t high_self = 0, high_cross = 0;
+};
+
+// The candidates of a row, in the order of their positions and padded to a multiple of four by absent ones
+// that rank behind all others. A thread takes the groups of four thread(), thread() + kThreads, ...
+template <int kThreads, bool kRanks>
+struct Row {
+  static constexpr int kWarps = kThreads / 32;
+  using Four = Vec<uint32_t, 4>;
+
+  const SelectParams& p;
+  // Keys of the pooled scores, kAbsent where a candidate does not stand in the list, and of self + cross. The
+  // keys of a list become its ranks; `self` becomes the final keys.
+  Shared<uint32_t> self, cross, tie;
+  Shared<uint32_t> spare0, spare1;
+  Shared<uint16_t> spare2;
+  Shared<uint32_t> bins;  // also the selector's histogram
+  Selector<kThreads> selector;
+  int count;
+
+  template <typename Use>
+  CSP_DEVICE void each_group(Use use) const {
+    for (int first = 4 * thread(); first < count; first += 4 * kThreads) use(first);
+  }
+  // Of two equal candidates the later comes first.
+  CSP_DEVICE uint32_t place(int c) const { return static_cast<uint32_t>(count - 1 - c); }
+
+  // ---- entering: scores become keys ----
+
+  CSP_DEVICE uint32_t enter(float score, bool listed, double& sum, uint32_t& number, uint32_t& low,
+                            uint32_t& high) const {
+    if (!listed) return kAbsent;
+    const uint32_t key = descending(score);
+    if constexpr (kRanks) {
+      low = key < low ? key : low;
+      high = key > high ? key : high;
+    } else {
+      sum += score == score ? score : 0.0f;
+      ++number;
+    }
+    return key;
+  }
+  CSP_DEVICE uint32_t enter_self(float score, bool listed, Totals& t) const {
+    return enter(score, listed, t.sum_self, t.listed_self, t.low_self, t.high_self);
+  }
+  CSP_DEVICE uint32_t enter_cross(float score, bool listed, Totals& t) const {
+    return enter(score, listed, t.sum_cross, t.listed_cross, t.low_cross, t.high_cross);
+  }
+
+  CSP_DEVICE void pad() const {
+    const int c = count + thread();
+    if (c >= (count + 3) / 4 * 4) return;
+    self[c] = kAbsent;
+    cross[c] = kAbsent;
+    tie[c] = kAbsent;
+    if (p.pool != Pool::kNone) spare2[c] = 0;
+  }
+
+  // ---- pooling: spare0 and spare1 hold the scores, spare2 modality + 128 in self + 256 in cross ----
+
+  template <Pool kPool>
+  CSP_DEVICE void pool_group(int first, Totals& totals) const {
+    const int64_t half = p.pool_kernel / 2;
+    float own[4] = {}, other[4] = {};
+    const Vec<uint16_t, 4> marks = load_vec<4>(spare2 + first);
+    bool near = half <= kNear && first >= kNear && first + 4 + kNear <= count;
+    if (near) {
+      const Vec<uint16_t, 4> left = load_vec<4>(spare2 + first - 4), right = load_vec<4>(spare2 + first + 4);
+      CSP_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        near &= ((left[e] ^ marks[0]) & 127) == 0 && ((marks[e] ^ marks[0]) & 127) == 0 &&
+                ((right[e] ^ marks[0]) & 127) == 0;
+      }
+    }
+    if (near) {
+      pool_near<kPool>(as<float>(spare0) + first, static_cast<int>(half), own);
+      pool_near<kPool>(as<float>(spare1) + first, static_cast<int>(half), other);
+    } else {
+      CSP_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int c = first + e;
+        if (c >= count) continue;
+        const PoolWindow window =
+            pool_window(c, count, half, [&](int64_t i) { return uint16_t(spare2[i]) & 127; });
+        own[e] = pool_over<kPool>(window, [&](int64_t i) { return float(as<float>(spare0)[i]); });
+        other[e] = pool_over<kPool>(window, [&](int64_t i) { return float(as<float>(spare1)[i]); });
+      }
+    }
+    CSP_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const int c = first + e;
+      if (c >= count) continue;
+      self[c] = enter_self(own[e], (marks[e] & 128) != 0, totals);
+      cross[c] = enter_cross(other[e], (marks[e] & 256) != 0, totals);
+      tie[c] = descending(as<float>(spare0)[c] + as<float>(spare1)[c]);
+    }
+  }
+
+  // Four neighbours, all of whose windows lie inside one run.
+  template <Pool kPool>
+  CSP_DEVICE static void pool_near(Shared<float> scores, int half, float (&out)[4]) {
+    float around[12];
+    CSP_UNROLL
+    for (int part = 0; part < 3; ++part) {
+      const Vec<float, 4> four = load_vec<4>(scores + (4 * part - 4));
+      CSP_UNROLL
+      for (int e = 0; e < 4; ++e) around[4 * part + e] = four[e];
+    }
+    Pooled<kPool> pooled[4];
+    CSP_UNROLL
+    for (int step = -kNear; step <= kNear; ++step) {
+      if (step < -half || step > half) continue;
+      CSP_UNROLL
+      for (int e = 0; e < 4; ++e) pooled[e].add(around[4 + e + step]);
+    }
+    CSP_UNROLL
+    for (int e = 0; e < 4; ++e) out[e] = pooled[e].over(2 * half + 1);
+  }
+
+  // ---- cutting ----
+
+  // Of the elements of `keys`, which lie below 2^bits, those up to the cut are the best `want` > 0.
+  CSP_DEVICE Cut best(Shared<uint32_t> keys, uint32_t want, int bits) const {
+    Cut cut{0, kAbsent, kAbsent};
+    cut.key = selector.bound(want, bits, [&](auto use) {
+      each_group([&](int first) {
+        const Four four = load_vec<4>(keys + first);
+        CSP_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          if (four[e] != kAbsent) use(four[e]);
+        }
+      });
+    });
+    if (want == 0) return cut;
+    const auto each_equal = [&](auto use) {
+      each_group([&](int first) {
+        const Four four = load_vec<4>(keys + first);
+        CSP_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          if (four[e] == cut.key) use(first + e);
+        }
+      });
+    };
+    cut.tie = selector.bound(want, 32, [&](auto use) { each_equal([&](int c) { use(uint32_t(tie[c])); }); });
+    if (want == 0) return cut;
+    cut.place = selector.bound(want, 32 - leading_zeros(count), [&](auto use) {
+      each_equal([&](int c) {
+        if (uint32_t(tie[c]) == cut.tie) use(place(c));
+      });
+    });
+    return cut;
+  }
+
+  CSP_DEVICE bool within(Shared<uint32_t> keys, int c, const Cut& cut) const {
+    const uint32_t key = keys[c];
+    if (key != cut.key) return key < cut.key;
+    if (cut.tie == kAbsent) return key != kAbsent;
+    const uint32_t sum = tie[c];
+    return sum < cut.tie || (sum == cut.tie && place(c) <= cut.place);
+  }
+
+  // ---- final keys ----
+
+  // Writes key(self, cross) over the keys of self.
+  template <typename Key>
+  CSP_DEVICE void merge(Key key) const {
+    each_group([&](int first) {
+      Four own = load_vec<4>(self + first);
+      const Four other = load_vec<4>(cross + first);
+      CSP_UNROLL
+      for (int e = 0; e < 4; ++e) own[e] = key(own[e], other[e]);
+      store_vec(self + first, own);
+    });
+  }
+
+  CSP_DEVICE void calibrate(double sum_self, double sum_cross) const {
+    const double factor_self = share_factor(sum_self, 1000 - p.rho_thousandths);
+    const double factor_cross = share_factor(sum_cross, p.rho_thousandths);
+    merge(
+        [&](uint32_t own, uint32_t other) { return calibrated_key(factor_self, factor_cross, own, other); });
+  }
+
+  // By the one list, then by the other, of whose candidates only so many are wanted as the one leaves room.
+  CSP_DEVICE void line_up(uint32_t listed_self, uint32_t listed_cross, uint32_t want) const {
+    const bool by_cross = p.rho_thousandths == 1000;
+    const bool enough = (by_cross ? listed_cross : listed_self) >= want;
+    merge([&](uint32_t own, uint32_t other) {
+      const uint32_t one = by_cross ? other : own, then = by_cross ? own : other;
+      if (one != kAbsent) return enough ? one : uint32_t{0};
+      return enough || then == kAbsent ? kUnlisted : then;
+    });
+  }
+
+  // From ranks; returns how many bits the keys have.
+  CSP_DEVICE int compose() const {
+    const auto weight = static_cast<uint32_t>(p.rho_thousandths);
+    const uint32_t last = 1000 * static_cast<uint32_t>(count);
+    const bool unite = p.combine == Combine::kUnion;
+    merge([&](uint32_t own, uint32_t other) {
+      if (own == kAbsent && other == kAbsent) return last;
+      const uint32_t none = unite ? last : 0;
+      const uint32_t a = own == kAbsent ? none : weight * own;
+      const uint32_t b = other == kAbsent ? none : (1000 - weight) * other;
+      return (a < b) == unite ? a : b;
+    });
+    return 32 - leading_zeros(last);
+  }
+
+  // ---- ranking: keys are spread over as many bins as there are candidates, then compared inside a bin ----
+
+  CSP_DEVICE int bin_count() const { return (count + 128) / 128 * 128; }
+
+  CSP_DEVICE void clear(int size) const {
+    for (int i = 4 * thread(); i < size; i += 4 * kThreads) store_vec(bins + i, Four{});
+    sync_block();
+  }
+
+  // The counts of the bins become their beginnings; says whether one is a crowd.
+  CSP_DEVICE bool scan_bins() const {
+    constexpr int kStep = 4 * 32;
+    const int size = bin_count();
+    const int span = (size + kStep * kWarps - 1) / (kStep * kWarps) * kStep;
+    const int begin = warp() * span, end = begin + span < size ? begin + span : size;
+    uint32_t sum = 0;
+    bool crowd = false;
+    for (int i = begin + 4 * lane(); i < end; i += kStep) {
+      const Four four = load_vec<4>(bins + i);
+      CSP_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        sum += four[e];
+        crowd |= four[e] > kCrowd;
+      }
+    }
+    uint32_t all = 0;
+    uint32_t base = scan_warps<kWarps>(reduce_warp(sum, Add()), selector.scratch, all);
+    for (int i = begin + 4 * lane(); i - 4 * lane() < end; i += kStep) {
+      Four four = load_vec<4>(bins + i);
+      const uint32_t own = four[0] + four[1] + four[2] + four[3];
+      const uint32_t up_to = scan_warp(own);
+      uint32_t next = base + up_to - own;
+      base += shuffle(up_to, 31);
+      CSP_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t size_here = four[e];
+        four[e] = next;
+        next += size_here;
+      }
+      store_vec(bins + i, four);
+    }
+    return sync_block_any(crowd);
+  }
+
+  // One of `parts` parts of a range, in order: the last of a range of more than one key never falls in the
+  // first part when parts > 1. `lead` is the number of leading zeros of the range's length.
+  CSP_DEVICE static uint32_t part_of(uint32_t distance, int lead, uint32_t parts) {
+    return static_cast<uint32_t>((uint64_t{distance << (lead & 31)} * parts) >> 32);
+  }
+
+  CSP_DEVICE uint32_t word_of(int word, Shared<uint32_t> list, int c) const {
+    return word == 0 ? uint32_t(list[c]) : word == 1 ? uint32_t(tie[c]) : place(c);
+  }
+
+  template <typename Use>
+  CSP_DEVICE void each_listed(Shared<uint32_t> list, Use use) const {
+    each_group([&](int first) {
+      const Four keys = load_vec<4>(list + first);
+      CSP_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        if (keys[e] != kAbsent) use(first + e, keys[e]);
+      }
+    });
+  }
+
+  CSP_DEVICE bool crowded(int bin) const { return bins[bin + 1] - bins[bin] > kCrowd; }
+
+  // Divides every crowd by its range of keys, then of ties, then of places, until none is left: a division
+  // leaves at most a sixteenth of the range.
+  CSP_DEVICE void disperse(Shared<uint32_t> list) const {
+    const Shared<uint32_t> low = spare0, high = spare1;
+    for (int word = 0;;) {
+      for (int b = thread(); b < count; b += kThreads) {
+        if (!crowded(b)) continue;
+        low[b] = ~uint32_t{0};
+        high[b] = 0;
+      }
+      sync_block();
+      each_listed(list, [&](int c, uint32_t) {
+        const int b = uint16_t(spare2[c]);
+        if (!crowded(b)) return;
+        const uint32_t value = word_of(word, list, c);
+        atomic_min(low + b, value);
+        atomic_max(high + b, value);
+      });
+      sync_block();
+      bool divides = false;
+      for (int b = thread(); b < count; b += kThreads) {
+        if (crowded(b)) divides |= uint32_t(low[b]) < uint32_t(high[b]);
+      }
+      if (!sync_block_any(divides)) {
+        ++word;
+        continue;
+      }
+      each_listed(list, [&](int c, uint32_t) {
+        const int b = uint16_t(spare2[c]);
+        uint32_t next = bins[b];
+        if (crowded(b)) {
+          const uint32_t from = low[b], range = high[b] - from;
+          const uint32_t distance = word_of(word, list, c) - from;
+          next += range > 0 ? part_of(distance, leading_zeros(range), bins[b + 1] - next) : 0;
+        }
+        spare2[c] = static_cast<uint16_t>(next);
+      });
+      sync_block();
+      clear(bin_count());
+      each_listed(list, [&](int c, uint32_t) { atomic_add(bins + uint16_t(spare2[c]), 1u); });
+      sync_block();
+      if (!scan_bins()) return;
+    }
+  }
+
+  // The keys of a list, all in [low, high], become its ranks from 1 on.
+  CSP_DEVICE void rank(Shared<uint32_t> list, uint32_t low, uint32_t high) const {
+    clear(bin_count());
+    const int lead = leading_zeros(high - low);
+    each_listed(list, [&](int c, uint32_t key) {
+      const uint32_t b = part_of(key - low, lead, static_cast<uint32_t>(count));
+      spare2[c] = static_cast<uint16_t>(b);
+      atomic_add(bins + b, 1u);
+    });
+    sync_block();
+    if (scan_bins()) disperse(list);
+
+    // The members of a bin side by side; its beginning moves to its end, which is where the next one begins.
+    each_listed(list, [&](int c, uint32_t key) {
+      const uint32_t at = atomic_add(bins + uint16_t(spare2[c]), 1u);
+      spare0[at] = key;
+      spare1[at] = static_cast<uint32_t>(c);
+    });
+    sync_block();
+    const uint32_t listed = bins[count];
+    for (uint32_t i = static_cast<uint32_t>(thread()); i < listed; i += kThreads) {
+      const uint32_t key = spare0[i], c = spare1[i];
+      const int b = uint16_t(spare2[c]);
+      const uint32_t begin = b > 0 ? uint32_t(bins[b - 1]) : 0, end = bins[b];
+      uint32_t rank = begin + 1;
+      for (uint32_t m = begin; m < end; ++m) {
+        const uint32_t key_of_m = spare0[m];
+        if (key_of_m < key) ++rank;
+        if (key_of_m != key || m == i) continue;
+        const uint32_t other = spare1[m];
+        const uint32_t mine = tie[c], theirs = tie[other];
+        rank += theirs < mine || (theirs == mine && other > c);
+      }
+      list[c] = rank;
+    }
+    sync_block();
+  }
+};
+
+// Where the arrays of a row lie.
+template <bool kShared>
+class Pieces {
+ public:
+  CSP_DEVICE Pieces(SharedArena& arena, void* workspace, int64_t row_bytes)
+      : arena_(arena), next_(static_cast<char*>(workspace) + (kShared ? 0 : block_x() * row_bytes)) {}
+
+  template <typename T>
+  CSP_DEVICE Shared<T> take(int64_t count) {
+    if constexpr (kShared) {
+      return arena_.template take<T>(count);
+    } else {
+      const Global<T> piece = global<T>(next_);
+      next_ += round_up(count * static_cast<int64_t>(sizeof(T)), 16);
+      return piece;
+    }
+  }
+
+ private:
+  SharedArena& arena_;
+  char* next_;
+};
+
+template <int kThreads, bool kShared, bool kRanks>
+CSP_KERNEL(kThreads, kThreads == 512 ? 2 : 1)
+void select_row_kernel(SelectParams p, SelectPlan plan, void* workspace) {
+  constexpr int kWarps = kThreads / 32;
+  CSP_SHARED(int32_t, observer_words, kObserverWords);
+  CSP_SHARED(uint32_t, scratch, Selector<kThreads>::kScratch);
+  CSP_SHARED(uint32_t, range, 4);
+  CSP_SHARED(double, sums, 2 * kWarps);
+  const int keys = static_cast<int>(p.keys);
+
+  SharedArena arena;
+  const Shared<uint32_t> bins = arena.take<uint32_t>(plan.bins);
+  const Shared<uint32_t> masks = arena.take<uint32_t>(ceil_div(keys, 32));  // real keys, then kept ones
+  Pieces<kShared> pieces(arena, workspace, plan.row_bytes);
+  const int64_t padded = round_up(keys, 4);
+  const Shared<uint32_t> self = pieces.template take<uint32_t>(padded);
+  const Shared<uint32_t> cross = pieces.template take<uint32_t>(padded);
+  const Shared<uint32_t> tie = pieces.template take<uint32_t>(padded);
+  Shared<uint32_t> spare0 = tie, spare1 = tie;
+  Shared<uint16_t> spare2 = as<uint16_t>(tie);
+  if (plan.spare) {
+    spare0 = pieces.template take<uint32_t>(padded);
+    spare1 = pieces.template take<uint32_t>(padded);
+    spare2 = pieces.template take<uint16_t>(padded);
+  }
+  Row<kThreads, kRanks> row{p, self, cross, tie, spare0, spare1, spare2, bins, {bins, scratch}, 0};
+  const Observers observers{observer_words};
+  const bool literal = plan.rule == SelectRule::kLiteral;
+
+  row.clear(kDigits);
+  // A warp reads the keys [begin, end).
+  const int span = static_cast<int>(round_up(ceil_div(keys, kWarps), 32));
+  const int begin = warp() * span, end = begin + span < keys ? begin + span : keys;
+
+  for (int64_t r = block_x(); r < p.batch * p.score_heads; r += grid_x()) {
+    const int64_t batch = r / p.score_heads;
+    const Global<const int8_t> modality = global<int8_t>(p.modality) + batch * p.keys;
+    float own[kStrips] = {}, other[kStrips] = {};
+    load_strips(p.dtype, p.self, r * p.keys, begin, end, own);
+    load_strips(p.dtype, p.cross, r * p.keys, begin, end, other);
+    sync_block();  // the last row's shared memory is free
+
+    // Real keys: how many, and how many before this warp's.
+    if (thread() < 4) range[thread()] = thread() < 2 ? kAbsent : 0;
+    find_observers(p, batch, observer_words);
+    uint32_t real_here = 0;
+    for (int first = begin; first < end; first += 32 * kStrips) {
+      CSP_UNROLL
+      for (int i = 0; i < kStrips; ++i) {
+        const int strip = first + 32 * i, j = strip + lane();
+        const uint32_t mask = ballot(j < end && load_readonly<1>(modality + (j < end ? j : 0))[0] >= 0);
+        real_here += popcount(mask);
+        if (lane() == 0 && strip < end) masks[strip / 32] = mask;
+      }
+    }
+    uint32_t real_keys = 0;
+    const uint32_t real_before = scan_warps<kWarps>(real_here, scratch, real_keys);
+    const int real = static_cast<int>(real_keys);
+    const bool fits = real < p.budget || (real == p.budget && !literal);
+    const int recent = static_cast<int>(fits || real < p.recent ? real : p.recent);
+    row.count = real - recent;
+    const auto slots =
+        static_cast<uint32_t>(p.budget - p.recent < row.count ? p.budget - p.recent : row.count);
+
+    Cut cut{0, kAbsent, kAbsent}, cut_cross{0, kAbsent, kAbsent};
+    if (slots > 0) {
+      // The candidates, closed up.
+      Totals totals;
+      uint32_t base = real_before;
+      for (int first = begin; first < end; first += 32 * kStrips) {
+        if (first > begin) {
+          load_strips(p.dtype, p.self, r * p.keys, first, end, own);
+          load_strips(p.dtype, p.cross, r * p.keys, first, end, other);
+        }
+        CSP_UNROLL
+        for (int i = 0; i < kStrips; ++i) {
+          const int strip = first + 32 * i, j = strip + lane();
+          if (strip >= end) continue;
+          const uint32_t mask = masks[strip / 32];
+          const int c = static_cast<int>(base + popcount(mask & lanes_below()));
+          base += popcount(mask);
+          if ((mask >> lane() & 1) == 0 || c >= row.count) continue;
+          const int m = load_readonly<1>(modality + j)[0];
+          const bool in_self = observers.of_own(m, j), in_cross = observers.of_others(m, j);
+          if (p.pool == Pool::kNone) {
+            self[c] = row.enter_self(own[i], in_self, totals);
+            cross[c] = row.enter_cross(other[i], in_cross, totals);
+            tie[c] = descending(own[i] + other[i]);
+          } else {
+            spare0[c] = float_bits(own[i]);
+            spare1[c] = float_bits(other[i]);
+            spare2[c] = static_cast<uint16_t>(m | in_self << 7 | in_cross << 8);
+          }
+        }
+      }
+      row.pad();
+      sync_block();
+      if (p.pool == Pool::kMax) {
+        row.each_group([&](int first) { row.template pool_group<Pool::kMax>(first, totals); });
+      } else if (p.pool == Pool::kAvg) {
+        row.each_group([&](int first) { row.template pool_group<Pool::kAvg>(first, totals); });
+      }
+
+      // The best of them.
+      if constexpr (kRanks) {
+        const auto smaller = [](uint32_t a, uint32_t b) { return a < b ? a : b; };
+        const auto larger = [](uint32_t a, uint32_t b) { return a > b ? a : b; };
+        totals.low_self = reduce_warp(totals.low_self, smaller);
+        totals.low_cross = reduce_warp(totals.low_cross, smaller);
+        totals.high_self = reduce_warp(totals.high_self, larger);
+        totals.high_cross = reduce_warp(totals.high_cross, larger);
+        if (lane() == 0) {
+          atomic_min(range + 0, totals.low_self);
+          atomic_min(range + 1, totals.low_cross);
+          atomic_max(range + 2, totals.high_self);
+          atomic_max(range + 3, totals.high_cross);
+        }
+        sync_block();
+        row.rank(self, range[0], range[2]);
+        row.rank(cross, range[1], range[3]);
+        const int bits = row.compose();
+        row.clear(kDigits);
+        cut = row.best(self, slots, bits);
+      } else if (literal) {
+        sync_block();
+        const auto quota = [&](int64_t k) { return static_cast<uint32_t>(k < row.count ? k : row.count); };
+        if (p.k_self > 0) cut = row.best(self, quota(p.k_self), 32);
+        if (p.k_cross > 0) cut_cross = row.best(cross, quota(p.k_cross), 32);
+      } else if (plan.rule == SelectRule::kOneList) {
+        uint32_t listed_self = 0, listed_cross = 0;
+        scan_warps<kWarps>(reduce_warp(totals.listed_self, Add()), scratch, listed_self);
+        scan_warps<kWarps>(reduce_warp(totals.listed_cross, Add()), scratch, listed_cross);
+        row.line_up(listed_self, listed_cross, slots);
+        cut = row.best(self, slots, 32);
+      } else {
+        const double warp_self = reduce_warp(totals.sum_self, Add());
+        const double warp_cross = reduce_warp(totals.sum_cross, Add());
+        if (lane() == 0) {
+          sums[warp()] = warp_self;
+          sums[kWarps + warp()] = warp_cross;
+        }
+        sync_block();
+        const double sum_self = reduce_warp(lane() < kWarps ? double(sums[lane()]) : 0.0, Add());
+        const double sum_cross = reduce_warp(lane() < kWarps ? double(sums[kWarps + lane()]) : 0.0, Add());
+        row.calibrate(sum_self, sum_cross);
+        cut = row.best(self, slots, 32);
+      }
+    }
+
+    // Kept keys: the recent ones and those within the cut.
+    uint32_t base = real_before, kept_here = 0;
+    for (int strip = begin; strip < end; strip += 32) {
+      const uint32_t mask = masks[strip / 32];
+      const int c = static_cast<int>(base + popcount(mask & lanes_below()));
+      base += popcount(mask);
+      bool keep = (mask >> lane() & 1) != 0;
+      if (keep && c < row.count) {
+        keep = slots > 0 && row.within(self, c, cut);
+        if (literal) {
+          const bool also = slots > 0 && row.within(cross, c, cut_cross);
+          keep = p.combine == Combine::kUnion ? keep || also : keep && also;
+        }
+      }
+      const uint32_t kept = ballot(keep);
+      kept_here += popcount(kept);
+      if (lane() == 0) masks[strip / 32] = kept;
+    }
+    uint32_t kept_keys = 0;
+    const uint32_t kept_before = scan_warps<kWarps>(kept_here, scratch, kept_keys);
+    const Global<int32_t> out = global<int32_t>(p.indices) + r * p.budget;
+    const int64_t free = p.budget - kept_keys;  // not below 0 where the quotas fit into the budget
+    for (int64_t i = thread(); i < free; i += kThreads) out[i] = -1;
+    int64_t slot = free + kept_before;
+    for (int strip = begin; strip < end; strip += 32) {
+      const uint32_t kept = masks[strip / 32];
+      const int64_t at = slot + popcount(kept & lanes_below());
+      if ((kept >> lane() & 1) != 0 && at >= 0) out[at] = strip + lane();
+      slot += popcount(kept);
+    }
+    if (thread() == 0) global<int32_t>(p.lengths)[r] = static_cast<int32_t>(kept_keys);
+  }
+}
+
+}  // namespace
+}  // namespace csp
