@@ -15,6 +15,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=500)
+# Convolutions of a GPU in float32, not in TF32 whenever that is faster.
+torch.backends.cudnn.allow_tf32 = False
 settings.load_profile(os.environ.get("CSP_HYPOTHESIS_PROFILE", "default"))
 
 
