@@ -10,7 +10,7 @@ from test_bad_input import GOOD
 
 import csp_ext
 from csp_ext import CudaStatus, dispatch, ops, reference
-from csp_ext.ops import _refusal
+from csp_ext.ops import _call, _refusal
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 NOT_BUILT = CudaStatus(False, "csp_ext was built without CUDA: install it again where nvcc is found")
@@ -58,6 +58,22 @@ def test_the_wrapper_says_what_the_raw_op_says():
         torch.ops.csp.n_softmax(sparse)
     with pytest.raises(TypeError, match=text):
         csp_ext.n_softmax(sparse)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "csp::score: kernel score_kernel could not be launched for query float16 [1, 2, 2, 4] on cuda:0: no",
+        "csp::score: cuda:1 has compute capability 7.0, the kernels need 7.5 or later",
+    ],
+)
+def test_what_no_argument_is_to_blame_for_stays_a_runtime_error(text):
+    def fail() -> None:
+        raise RuntimeError(f"{text}\nException raised from somewhere in torch")
+
+    with pytest.raises(RuntimeError) as caught:
+        _call.call(fail)
+    assert str(caught.value) == text
 
 
 @pytest.mark.parametrize(

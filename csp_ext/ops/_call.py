@@ -16,11 +16,13 @@ _MISFIT = re.compile(
     r"(?P<op>csp::\w+)\(\) Expected a value of type '(?P<want>[^']+)' for argument '(?P<name>\w+)' "
     r"but instead found type '(?P<got>[^']+)'\.(?:\nPosition: \d+\nValue: (?P<value>.*))?"
 )
+# the op's complaint about what no argument is to blame for: a kernel or a GPU
+_MACHINE = re.compile(r"csp::\w+: (kernel|cuda:\d+) ")
 _PLAIN = ("bool", "int", "float", "str")  # types whose value is worth showing
 
 
 def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a raw op; its complaint about an argument becomes a ValueError, a wrong type a TypeError."""
+    """Call a raw op; its complaint about an argument becomes a ValueError, about a type a TypeError."""
     if torch.compiler.is_compiling():
         return op(*args, **kwargs)
     try:
@@ -42,6 +44,8 @@ def _clearer(error: RuntimeError, op: Any, args: tuple[Any, ...], kwargs: dict[s
     misfit = _MISFIT.match(message)
     if misfit is not None:
         return _misfit(misfit)
+    if _MACHINE.match(message):
+        return RuntimeError(message)
     if message.endswith("got None"):
         return TypeError(message)
     return (MemoryError if ": out of memory" in message else ValueError)(message)
