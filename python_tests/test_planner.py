@@ -193,7 +193,7 @@ CUDA_SHAPES = {
     "n_softmax": {"rows": 12, "cols": 300},
     "segmented_column_sum": {"batch": 2, "num_heads": 3, "window": 20, "keys": 300},
     "score": {"batch": 2, "num_heads": 4, "num_kv_heads": 2, "window": 20, "keys": 300, "head_dim": 64},
-    "dual_top_k": {"rows": 6, "keys": 300, "k_self": 20, "k_cross": 30},
+    "dual_top_k": {"rows": 6, "keys": 300, "k_self": 20, "k_cross": 30, "valid_self": True},
     "select": {"batch": 2, "score_heads": 2, "keys": 300, "window": 20, "budget": 60},
     "compact": {"batch": 2, "num_kv_heads": 2, "keys": 300, "budget": 60, "head_dim": 64},
     "prune": {

@@ -18,6 +18,9 @@ bool in_harness();
 // The order of threads from here on (the harness; nothing on a GPU).
 void seed_threads(uint64_t seed);
 
+// Kernels launched so far (the harness; on a GPU nobody counts).
+uint32_t launches();
+
 class DeviceBuffer {
  public:
   // A copy of `bytes` bytes that begins `offset` bytes past a 256-byte boundary.

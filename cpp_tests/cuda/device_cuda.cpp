@@ -28,6 +28,9 @@ bool in_harness() {
   return false;
 }
 void seed_threads(uint64_t) {}
+uint32_t launches() {
+  return 0;
+}
 
 DeviceBuffer::DeviceBuffer(std::string, const void* contents, size_t bytes, size_t offset)
     : memory_(new Memory(offset + bytes)), bytes_(bytes), offset_(offset) {

@@ -27,6 +27,9 @@ bool in_harness() {
 void seed_threads(uint64_t seed) {
   simt::seed(seed);
 }
+uint32_t launches() {
+  return simt::launches();
+}
 
 DeviceBuffer::DeviceBuffer(std::string name, const void* contents, size_t bytes, size_t offset)
     : bytes_(bytes), offset_(offset) {

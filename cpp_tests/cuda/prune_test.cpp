@@ -5,10 +5,6 @@
 #include "csp/plan.h"
 #include "support.h"
 
-#ifdef CSP_SIMT_HARNESS
-#include "simt/engine.h"
-#endif
-
 namespace csp::test {
 namespace {
 
@@ -226,11 +222,11 @@ TEST(PruneCudaLauncher, ThePlanIsWhatHappens) {
     EXPECT_EQ(plan.bytes_written, score.bytes_written + select.bytes_written + compact.bytes_written);
     EXPECT_EQ(plan.flops, score.flops);
     EXPECT_EQ(plan.tasks, 0);
-#ifdef CSP_SIMT_HARNESS
-    const uint32_t before = simt::launches();
+    const uint32_t before = launches();
     run_whole(problem, device);
-    EXPECT_EQ(simt::launches() - before, plan.launches);
-#endif
+    if (in_harness()) {
+      EXPECT_EQ(launches() - before, plan.launches);
+    }
   }
 }
 

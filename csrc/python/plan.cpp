@@ -75,7 +75,11 @@ class Shape {
     for (const auto& [name, value] : left_) {
       throw py::value_error("plan: " + op_ + " has no size or option " + std::string(py::str(name)));
     }
-    // A few bytes or operations an element: everything must fit into 63 bits.
+    check_volume();
+  }
+
+  // A few bytes or operations an element: everything must fit into 63 bits.
+  void check_volume() const {
     if (most_elements() > 0x1p56) throw py::value_error("plan: the sizes multiply to more than 2^56");
   }
 
@@ -145,6 +149,11 @@ csp::Combine combine_of(Shape& shape) {
                                          {"calibrated", Combine::kCalibrated}});
 }
 
+// Of a contiguous [batch, heads, rows, dim] tensor.
+csp::Strides strides_of(int64_t heads, int64_t rows, int64_t dim) {
+  return {heads * rows * dim, rows * dim, dim};
+}
+
 csp::NSoftmaxParams n_softmax_of(Shape& shape) {
   csp::NSoftmaxParams p;
   p.dtype = dtype_of(shape);
@@ -160,6 +169,8 @@ csp::SegmentedColumnSumParams segmented_column_sum_of(Shape& shape) {
   p.num_heads = shape.size("num_heads");
   p.window = shape.size("window");
   p.keys = shape.size("keys");
+  shape.check_volume();
+  p.attn_stride = strides_of(p.num_heads, p.window, p.keys);
   return p;
 }
 
@@ -171,6 +182,10 @@ csp::DualTopKParams dual_top_k_of(Shape& shape) {
   p.k_self = shape.size("k_self");
   p.k_cross = shape.size("k_cross");
   p.combine = combine_of(shape);
+  static const bool mask =
+      true;  // any address will do, here and below: the planner asks whether there is one
+  if (shape.flag("valid_self", false)) p.valid_self = &mask;
+  if (shape.flag("valid_cross", false)) p.valid_cross = &mask;
   return p;
 }
 
@@ -184,9 +199,11 @@ csp::ScoreParams score_of(Shape& shape) {
   p.keys = shape.size("keys");
   p.head_dim = shape.size("head_dim");
   p.heads = shape.word<csp::Heads>("heads", {{"kv", csp::Heads::kKv}, {"shared", csp::Heads::kShared}});
-  // Any address will do: the planner only asks whether there is one.
   if (shape.flag("lse", false)) p.lse = &p;
   check_group(p.num_heads, p.num_kv_heads);
+  shape.check_volume();
+  p.query_stride = strides_of(p.num_heads, p.window, p.head_dim);
+  p.key_stride = strides_of(p.num_kv_heads, p.keys, p.head_dim);
   return p;
 }
 
@@ -230,6 +247,9 @@ csp::CompactParams compact_of(Shape& shape) {
   p.budget = shape.size("budget");
   p.head_dim = shape.size("head_dim");
   p.value_dim = shape.size("value_dim", p.head_dim);
+  shape.check_volume();
+  p.key_stride = strides_of(p.num_kv_heads, p.keys, p.head_dim);
+  p.value_stride = strides_of(p.num_kv_heads, p.keys, p.value_dim);
   return p;
 }
 
@@ -251,6 +271,9 @@ csp::PruneParams prune_of(Shape& shape) {
   p.compact.budget = p.select.budget;
   p.compact.head_dim = p.score.head_dim;
   p.compact.value_dim = shape.size("value_dim", p.score.head_dim);
+  shape.check_volume();
+  p.compact.key_stride = p.score.key_stride;
+  p.compact.value_stride = strides_of(p.score.num_kv_heads, p.score.keys, p.compact.value_dim);
   return p;
 }
 
@@ -264,6 +287,9 @@ csp::DecodeParams decode_of(Shape& shape) {
   p.capacity = shape.size("capacity");
   p.head_dim = shape.size("head_dim");
   check_group(p.num_heads, p.num_kv_heads);
+  shape.check_volume();
+  p.query_stride = strides_of(p.num_heads, p.queries, p.head_dim);
+  p.key_stride = p.value_stride = strides_of(p.num_kv_heads, p.capacity, p.head_dim);
   return p;
 }
 
