@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from csp_ext._library import CudaStatus, cuda_status  # isort: skip  (it loads the ops, or says what is missing)
 from csp_ext._host import __version__, build_info, cpu_capability, plan
 from csp_ext.config import CSPConfig
+from csp_ext.device import cuda_device
 from csp_ext.ops import (
     compact,
     decode,
@@ -33,6 +34,7 @@ __all__ = [
     "cmake_prefix_path",
     "compact",
     "cpu_capability",
+    "cuda_device",
     "cuda_status",
     "decode",
     "dual_top_k",

@@ -1,5 +1,7 @@
 from typing import Literal, TypedDict
 
+from typing_extensions import Required
+
 __version__: str
 
 class BuildInfo(TypedDict):
@@ -11,13 +13,18 @@ class BuildInfo(TypedDict):
     cuda_compiler: str
     cuda_architectures: str
 
-class Plan(TypedDict):
-    workspace_bytes: int
-    bytes_read: int
-    bytes_written: int
-    flops: int
-    tasks: int
+class Plan(TypedDict, total=False):
+    workspace_bytes: Required[int]
+    bytes_read: Required[int]
+    bytes_written: Required[int]
+    flops: Required[int]
+    tasks: int  # device="cpu"
+    launches: int  # device="cuda"
+
+Op = Literal[
+    "n_softmax", "segmented_column_sum", "score", "dual_top_k", "select", "compact", "prune", "decode"
+]
 
 def build_info() -> BuildInfo: ...
 def cpu_capability() -> str: ...
-def plan(op: Literal["score", "select", "compact", "decode", "prune"], **shape: int | str | bool) -> Plan: ...
+def plan(op: Op, device: Literal["cpu", "cuda"] = "cpu", **shape: int | float | str | bool) -> Plan: ...

@@ -63,7 +63,7 @@ def _load_cuda() -> CudaStatus:
         return CudaStatus(False, "the installed torch is a CPU build")
     path = find_library("libcsp_ops_cuda.so")
     if path is None:
-        return CudaStatus(False, "csp_ext was built without CUDA (no nvcc was found)")
+        return CudaStatus(False, "csp_ext was built without CUDA: install it again where nvcc is found")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

@@ -47,14 +47,14 @@ def kept_positions(
         else config.replace(budget=budget).resolve(length)
     )
     heads = key.shape[0] if config.heads == "kv" else 1
-    kept = torch.ones(heads, length, dtype=torch.bool)
+    kept = torch.ones(heads, length, dtype=torch.bool, device=key.device)
     if length < sizes.prune_from or (config.text_only == "leave" and max(modality) == 0):
         return kept
     positions = question_window(modality)
     if sizes.window != "question":
         assert isinstance(sizes.window, int)
         positions = list(range(max(0, length - sizes.window), length))
-    kinds = torch.tensor([modality], dtype=torch.int8)
+    kinds = torch.tensor([modality], dtype=torch.int8, device=key.device)
     observing = kinds[:, positions[0] :]
     scores = reference.score(
         query[None, :, positions[0] :],
@@ -95,14 +95,15 @@ class RowReference:
         """Append tokens and return their logits [q, V]; with `prune`, every layer then drops keys."""
         model, decoder = self.model, self.decoder
         image_id = model.config.image_token_index
-        tokens = torch.tensor([ids])
+        tokens = torch.tensor([ids], device=model.device)
         hidden = decoder.embed_tokens(tokens)[0]
         if pixels is not None:
+            pixels = pixels.to(model.device)
             features = model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
             hidden[tokens[0] == image_id] = torch.cat(list(features)).to(hidden.dtype)
         past = len(self.modality)
         self.modality += [int(token == image_id) for token in ids]
-        positions = torch.arange(past, past + len(ids))[None]
+        positions = torch.arange(past, past + len(ids), device=model.device)[None]
         cos, sin = decoder.rotary_emb(hidden[None], positions)
         for index, layer in enumerate(decoder.layers):
             normed = layer.input_layernorm(hidden)
@@ -123,7 +124,8 @@ class RowReference:
         self.keys[index], self.values[index] = key, value
         group = query.shape[0] // key.shape[0]
         stored = key.shape[1]
-        visible = torch.arange(stored)[None, :] <= torch.arange(past, stored)[:, None]  # [q, S]
+        slots = torch.arange(stored, device=x.device)
+        visible = slots[None, :] <= slots[past:, None]  # [q, S]
         visible = visible.expand(query.shape[0], -1, -1).clone()
         kept = self.kept[index]
         if kept is not None:
@@ -241,9 +243,10 @@ def assert_logits_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) ->
 def generate_batch(model: Any, rows: list[list[int]], steps: int, **options: Any) -> Any:
     """Run generate on a left-padded batch, greedily unless told otherwise, and return its full output."""
     pixels = make_pixels(rows, model.dtype)
-    images = {} if pixels is None else {"pixel_values": pixels}
+    inputs = pad_batch(rows) | ({} if pixels is None else {"pixel_values": pixels})
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     settings = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **options}
-    return model.generate(**pad_batch(rows), **images, max_new_tokens=steps, **settings)
+    return model.generate(**inputs, max_new_tokens=steps, **settings)
 
 
 def assert_batch_equals_rows(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,6 +15,22 @@ RTOL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bf
 
 seeds = st.integers(0, 2**31 - 1)
 dtypes = st.sampled_from(FLOATS)
+
+
+def computed_in(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Return `dtype`, or float32 for the float64 that the CUDA kernels do not take."""
+    return torch.float32 if device == "cuda" and dtype == torch.float64 else dtype
+
+
+def moved(value: Any, device: str) -> Any:
+    """Return a tensor on `device` with its strides, expanded dimensions too; anything else as it is."""
+    if not isinstance(value, torch.Tensor) or value.device.type == device:
+        return value
+    small = value
+    for dim, stride in enumerate(value.stride()):
+        if stride == 0 and value.shape[dim] > 1:
+            small = small.narrow(dim, 0, 1)
+    return small.to(device).expand(value.shape)
 
 
 def strided(tensor: Tensor, seed: int) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numeric import dtypes, seeds, strided
+from numeric import dtypes, moved, seeds, strided
 
 import csp_ext
 from csp_ext import reference
@@ -92,8 +92,8 @@ def test_threads_do_not_change_a_bit():
 
 @pytest.mark.parametrize("score_heads", [1, 2])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gradient(score_heads, compiled):
-    key, value, indices = problem(2, 2, 4, 3, 2, 1, score_heads, torch.float64)
+def test_gradient(device, score_heads, compiled):
+    key, value, indices = problem(2, 2, 4, 3, 2, 1, score_heads, torch.float64, device)
     key.requires_grad_()
     value.requires_grad_()
 
@@ -104,11 +104,13 @@ def test_gradient(score_heads, compiled):
     assert torch.autograd.gradcheck(run, (key, value), check_batched_grad=False)
 
 
-def test_gradient_of_one_input_alone():
-    key, value, _ = problem(batch=1, heads=1, length=4, head_dim=1, value_dim=1)
+def test_gradient_of_one_input_alone(device):
+    key, value, _ = problem(batch=1, heads=1, length=4, head_dim=1, value_dim=1, device=device)
     key.requires_grad_()
-    new_key, _ = csp_ext.compact(key, value, torch.tensor([[[-1, 2, 2, 0]]], dtype=torch.int32))
-    (new_key * torch.tensor([100.0, 1.0, 10.0, 5.0])[:, None]).sum().backward()
+    new_key, _ = csp_ext.compact(
+        key, value, torch.tensor([[[-1, 2, 2, 0]]], dtype=torch.int32, device=device)
+    )
+    (new_key * torch.tensor([100.0, 1.0, 10.0, 5.0], device=device)[:, None]).sum().backward()
     assert key.grad.flatten().tolist() == [5, 0, 11, 0]
 
 
@@ -151,7 +153,8 @@ def bad(match: str, **changes: torch.Tensor) -> object:
             key=torch.ones(1).expand(2, 3, 2**31, 1), value=torch.ones(1).expand(2, 3, 2**31, 1)),
     ],
 )  # fmt: skip
-def test_bad_input(arguments, match):
+def test_bad_input(device, arguments, match):
+    arguments = {name: moved(value, device) for name, value in arguments.items()}
     with pytest.raises(ValueError, match=match):
         csp_ext.compact(**arguments)
     with pytest.raises(RuntimeError, match=match):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numeric import RTOL, dtypes, seeds, strided
+from numeric import RTOL, computed_in, dtypes, moved, seeds, strided
 
 import csp_ext
 from csp_ext import reference
@@ -84,6 +84,7 @@ def assert_matches(got, args, dtype, **kwargs):
     scale=st.sampled_from([None, 0.3]),
 )
 def test_matches_the_twin(device, p, dtype, seed, n, scale):
+    dtype = computed_in(dtype, device)
     args = inputs(p, dtype, seed, device)
     assert_matches(csp_ext.decode(*args, n=n, scale=scale), args, dtype, n=n, scale=scale)
 
@@ -126,6 +127,8 @@ def test_n_softmax_is_the_plain_softmax_times_the_correction(device):
 def test_several_queries_equal_one_after_the_other(device):
     p = problem(2, 2, 3, 5, 100, 32, end=90, start="head")
     for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        if computed_in(dtype, device) != dtype:
+            continue
         query, key, value, start, end = inputs(p, dtype, 1, device)
         start = start.clamp(max=80)
         out, lse = csp_ext.decode(query, key.nan_to_num(0), value.nan_to_num(0), start, end)
@@ -136,15 +139,15 @@ def test_several_queries_equal_one_after_the_other(device):
             torch.testing.assert_close(lse[:, :, i : i + 1], single_lse, rtol=rtol, atol=rtol)
 
 
-def test_after_a_prune_start_is_budget_minus_lengths():
+def test_after_a_prune_start_is_budget_minus_lengths(device):
     torch.manual_seed(0)
-    key, value = torch.randn(2, 2, 50, 16), torch.randn(2, 2, 50, 16)
-    query = torch.randn(2, 4, 1, 16)
-    lengths = torch.tensor([[7, 20], [0, 13]], dtype=torch.int32)
-    packed_key, packed_value = torch.zeros(2, 2, 20, 16), torch.zeros(2, 2, 20, 16)
+    key, value = torch.randn(2, 2, 2, 50, 16, device=device)
+    query = torch.randn(2, 4, 1, 16, device=device)
+    lengths = torch.tensor([[7, 20], [0, 13]], dtype=torch.int32, device=device)
+    packed_key, packed_value = torch.zeros(2, 2, 2, 20, 16, device=device)
     for b in range(2):
         for h in range(2):
-            kept = torch.randperm(50)[: lengths[b, h]].sort().values
+            kept = torch.randperm(50)[: int(lengths[b, h])].sort().values.to(device)
             packed_key[b, h, 20 - len(kept) :] = key[b, h, kept]
             packed_value[b, h, 20 - len(kept) :] = value[b, h, kept]
             group = query[b, 2 * h : 2 * h + 2]
@@ -172,6 +175,7 @@ def test_threads_and_repeats_do_not_change_a_bit():
 
 
 def test_a_row_does_not_depend_on_what_stands_left_of_it():
+    # On the CPU to the bit; a GPU cuts the slots in other places.
     torch.manual_seed(1)
     key, value, query = torch.randn(1, 2, 40, 32), torch.randn(1, 2, 40, 32), torch.randn(1, 4, 1, 32)
     alone = csp_ext.decode(query, key, value)
@@ -203,10 +207,11 @@ def test_compiled_with_dynamic_shapes_equals_eager(device):
             torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def test_end_is_read_when_the_kernel_runs():
+def test_end_is_read_when_the_kernel_runs(device):
     torch.manual_seed(2)
-    query, key, value = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16)
-    end = torch.tensor(3, dtype=torch.int32)
+    query = torch.randn(1, 2, 1, 16, device=device)
+    key, value = torch.randn(2, 1, 2, 30, 16, device=device)
+    end = torch.tensor(3, dtype=torch.int32, device=device)
     for last in (3, 17, 30):
         end.fill_(last)
         out, _ = csp_ext.decode(query, key, value, None, end)
@@ -251,10 +256,13 @@ START = "start must be between 0 and the capacity 5, got"
         ({"scale": math.nan}, "scale must be finite, got nan"),
     ],
 )  # fmt: skip
-def test_bad_input(change, match):
+def test_bad_input(device, change, match):
+    if device == "cuda" and "between 0 and the capacity" in match:
+        pytest.skip("values inside CUDA tensors are looked at with CSP_CHECK=1 only: see test_cuda.py")
     good = {"query": torch.ones(2, 4, 1, 8), "key": torch.ones(2, 2, 5, 8), "value": torch.ones(2, 2, 5, 8)}
+    good = {name: moved(value, device) for name, value in good.items()}
     csp_ext.decode(**good)
-    arguments = {**good, **change}
+    arguments = {**good, **{name: moved(value, device) for name, value in change.items()}}
     with pytest.raises(ValueError, match=f"csp::decode: .*{match}"):
         csp_ext.decode(**arguments)
     with pytest.raises(RuntimeError, match=match):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -31,20 +32,30 @@ EVEN_ROWS = [make_row("5i3i12", 1), make_row("i8i12", 2)]
 BUDGET = 14
 
 
+# On a GPU the twins prune the float64 model and the compiled ops the other.
 @pytest.fixture(scope="module")
-def gqa64() -> Any:
-    return small_llava(dtype=torch.float64, num_heads=4, num_kv_heads=2, logit_gain=1.0)
+def gqa64(device: str) -> Any:
+    return small_llava(dtype=torch.float64, num_heads=4, num_kv_heads=2, logit_gain=1.0).to(device)
 
 
 @pytest.fixture(scope="module")
-def mha32() -> Any:
-    return small_llava(seed=1, num_layers=3, num_heads=4, num_kv_heads=4)
+def mha32(device: str) -> Any:
+    return small_llava(seed=1, num_layers=3, num_heads=4, num_kv_heads=4).to(device)
 
 
 @pytest.fixture(autouse=True)
 def stock_sdpa(gqa64: Any, mha32: Any) -> None:
     for model in (gqa64, mha32):
         model.set_attn_implementation("sdpa")
+
+
+def assert_untouched(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """Compare generations of the same arithmetic: to the bit, but a GPU picks its kernels itself."""
+    for one, two in zip(actual, expected, strict=True):
+        if one.is_cuda:
+            assert_logits_close(one, two, one.dtype)
+        else:
+            assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("base", ["eager", "sdpa"])
@@ -91,7 +102,7 @@ def test_pruning_shows_in_the_answer(gqa64: Any) -> None:
     whole = generate_batch(gqa64, ROWS[:1], 4)
     with apply(gqa64, budget=BUDGET):
         pruned = generate_batch(gqa64, ROWS[:1], 4)
-    assert torch.equal(whole.logits[0], pruned.logits[0]), "the prefill must be untouched"
+    assert_untouched(pruned.logits[:1], whole.logits[:1])
     following = generate_row(
         gqa64, ROWS[0], make_pixels(ROWS[:1], torch.float64), None, 0, 4, pruned.sequences[0, -4:].tolist()
     )
@@ -143,7 +154,7 @@ def test_a_large_budget_is_the_untouched_model(mha32: Any, base: str, budget: fl
     with apply(mha32, budget=budget, decode_n=1.0) as handle:
         same = generate_batch(mha32, ROWS, 6)
     assert torch.equal(whole.sequences, same.sequences)
-    assert all(torch.equal(one, two) for one, two in zip(whole.logits, same.logits, strict=True))
+    assert_untouched(same.logits, whole.logits)
     assert handle.stats.bytes_after == handle.stats.bytes_before
 
 
@@ -152,7 +163,7 @@ def test_a_short_prompt_grows_past_the_budget(mha32: Any) -> None:
     whole = generate_batch(mha32, rows, 12)
     with apply(mha32, budget=BUDGET, decode_n=1.0):
         same = generate_batch(mha32, rows, 12)
-    assert all(torch.equal(one, two) for one, two in zip(whole.logits, same.logits, strict=True))
+    assert_untouched(same.logits, whole.logits)
 
 
 def test_a_share_is_of_the_longest_prompt(gqa64: Any) -> None:
@@ -190,7 +201,7 @@ def test_beam_search(gqa64: Any) -> None:
     for index, sequence in enumerate(output.sequences):
         row, forced = index // beams, sequence[-steps:].tolist()
         expected = generate_row(gqa64, ONE_IMAGE_ROWS[row], images[row], config, BUDGET, steps, forced)
-        chosen = expected.logits.log_softmax(-1).gather(1, torch.tensor(forced)[:, None]).sum()
+        chosen = expected.logits.log_softmax(-1).gather(1, sequence[-steps:, None]).sum()
         assert abs(float(chosen) - float(output.sequences_scores[index])) < 1e-5
 
 
@@ -200,12 +211,12 @@ def test_a_padded_batch_equals_its_rows(gqa64: Any) -> None:
         images = split_pixels(ROWS, make_pixels(ROWS, torch.float64))
         for index, (row, pixels) in enumerate(zip(ROWS, images, strict=True)):
             alone = gqa64.generate(
-                input_ids=torch.tensor([row]),
+                input_ids=torch.tensor([row], device=gqa64.device),
                 max_new_tokens=5,
                 do_sample=False,
                 return_dict_in_generate=True,
                 output_logits=True,
-                **({} if pixels is None else {"pixel_values": pixels}),
+                **({} if pixels is None else {"pixel_values": pixels.to(gqa64.device)}),
             )
             batched = torch.stack(together.logits, dim=1)[index]
             assert_logits_close(batched, torch.stack(alone.logits, dim=1)[0], torch.float64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numeric import assert_close, dtypes, seeds, strided
+from numeric import assert_close, computed_in, dtypes, moved, seeds, strided
 
 import csp_ext
 from csp_ext import reference
@@ -24,7 +24,7 @@ shapes = st.lists(st.integers(0, 5), min_size=0, max_size=3).flatmap(
     spread=st.sampled_from([1, 30]),
 )
 def test_matches_the_twin(device, shape, dtype, seed, n, spread):
-    generator = torch.Generator().manual_seed(seed)
+    generator, dtype = torch.Generator().manual_seed(seed), computed_in(dtype, device)
     logits = strided((torch.randn(shape, generator=generator) * spread).to(device, dtype), seed)
     got = csp_ext.n_softmax(logits, n)
     assert got.dtype == dtype
@@ -58,6 +58,16 @@ def test_gradient():
     assert torch.autograd.gradcheck(lambda x: csp_ext.n_softmax(x, 1.5), logits)
 
 
+def test_gradient_in_float32_is_that_of_the_twin(device):
+    logits, weights = torch.randn(2, 3, 70, generator=torch.Generator().manual_seed(0)).to(device)
+    grads = []
+    for op, dtype in ((csp_ext.n_softmax, torch.float32), (reference.n_softmax, torch.float64)):
+        leaf = logits.detach().to(dtype).requires_grad_()
+        (op(leaf, 1.5) * weights.to(dtype)).sum().backward()
+        grads.append(leaf.grad)
+    assert_close(*grads, torch.float32, atol=1e-7)
+
+
 def test_opcheck(device):
     for shape in [(3, 5), (0, 4), (2, 0)]:
         logits = torch.randn(shape, device=device, requires_grad=True)
@@ -73,7 +83,8 @@ def test_opcheck(device):
         (torch.ones(3), float("nan"), "n must be finite and >= 0, got nan"),
     ],
 )
-def test_bad_input(logits, n, match):
+def test_bad_input(device, logits, n, match):
+    logits = moved(logits, device)
     with pytest.raises(ValueError, match=match):
         csp_ext.n_softmax(logits, n)
     with pytest.raises(RuntimeError, match=match):

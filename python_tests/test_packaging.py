@@ -22,10 +22,10 @@ cmake_minimum_required(VERSION 3.24)
 project(consumer LANGUAGES CXX)
 find_package(csp_ext REQUIRED)
 add_executable(consumer main.cpp)
-target_link_libraries(consumer PRIVATE csp::csp_cpu)
+target_link_libraries(consumer PRIVATE csp::csp_cpu csp::csp_cuda_plan)
 """
 CONSUMER_MAIN = """
-#include <csp/n_softmax.h>
+#include <csp/plan.h>
 #include <cstdio>
 int main() {
   float logits[2] = {0.0f, 0.0f}, out[2];
@@ -36,7 +36,8 @@ int main() {
   params.cols = 2;
   params.n = 2.0;
   csp::n_softmax_cpu(params);
-  std::printf("%.3f %.3f", out[0], out[1]);
+  const csp::Plan plan = csp::plan_n_softmax_cuda(params, csp::CudaDevice());
+  std::printf("%.3f %.3f, %d launch", out[0], out[1], static_cast<int>(plan.launches));
 }
 """
 
@@ -78,7 +79,7 @@ def test_a_cmake_project_finds_and_runs_the_library(tmp_path):
     subprocess.run([cmake, "--build", build], check=True, capture_output=True)
     assert (
         subprocess.run([build / "consumer"], capture_output=True, text=True, check=True).stdout
-        == "0.250 0.250"
+        == "0.250 0.250, 1 launch"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,10 +187,127 @@ def test_empty_problems_need_nothing(op):
     assert plan["bytes_read"] == plan["bytes_written"] == plan["flops"] == plan["tasks"] == 0
 
 
+# ---- CUDA: no GPU is needed ----
+
+CUDA_SHAPES = {
+    "n_softmax": {"rows": 12, "cols": 300},
+    "segmented_column_sum": {"batch": 2, "num_heads": 3, "window": 20, "keys": 300},
+    "score": {"batch": 2, "num_heads": 4, "num_kv_heads": 2, "window": 20, "keys": 300, "head_dim": 64},
+    "dual_top_k": {"rows": 6, "keys": 300, "k_self": 20, "k_cross": 30, "valid_self": True},
+    "select": {"batch": 2, "score_heads": 2, "keys": 300, "window": 20, "budget": 60},
+    "compact": {"batch": 2, "num_kv_heads": 2, "keys": 300, "budget": 60, "head_dim": 64},
+    "prune": {
+        "batch": 2, "num_heads": 4, "num_kv_heads": 2, "window": 20, "keys": 300, "head_dim": 64,
+        "budget": 60,
+    },
+    "decode": {"batch": 2, "num_heads": 4, "num_kv_heads": 2, "capacity": 300, "head_dim": 64},
+}  # fmt: skip
+DEVICES = [
+    {"multiprocessors": 40, "capability": 75, "shared_bytes": 64 << 10, "l2_bytes": 4 << 20},
+    {"multiprocessors": 108, "capability": 80, "shared_bytes": 163 << 10, "l2_bytes": 40 << 20},
+    {},
+]
+
+
+@pytest.mark.parametrize("gpu", DEVICES, ids=["sm_75", "sm_80", "default"])
+@pytest.mark.parametrize("op", CUDA_SHAPES)
+def test_every_op_has_a_plan_for_cuda(op, gpu):
+    for dtype in ("float32", "float16", "bfloat16"):
+        plan = csp_ext.plan(op, device="cuda", **gpu, **CUDA_SHAPES[op], dtype=dtype)
+        assert set(plan) == {"workspace_bytes", "bytes_read", "bytes_written", "flops", "launches"}
+        assert plan["launches"] >= 1
+        assert plan["workspace_bytes"] >= 0
+        assert min(plan["bytes_read"], plan["bytes_written"]) > 0
+
+
+@pytest.mark.parametrize("op", ["score", "select", "compact", "decode"])
+def test_both_devices_move_the_same_bytes(op):
+    cpu, cuda = (csp_ext.plan(op, device=device, **CUDA_SHAPES[op]) for device in ("cpu", "cuda"))
+    assert all(cpu[what] == cuda[what] for what in ("bytes_read", "bytes_written", "flops"))
+    assert "launches" not in cpu
+    assert "tasks" not in cuda
+
+
+def test_prune_on_cuda_is_its_parts_in_one_workspace():
+    options = {"combine": "calibrated", "pool": "max", "recent": 8, "cross_ratio": 0.3}
+    shape = CUDA_SHAPES["prune"]
+    prune = csp_ext.plan("prune", device="cuda", **shape, **options)
+    score = csp_ext.plan("score", device="cuda", **CUDA_SHAPES["score"])
+    select = csp_ext.plan("select", device="cuda", **CUDA_SHAPES["select"], **options)
+    compact = csp_ext.plan("compact", device="cuda", **CUDA_SHAPES["compact"])
+    for what in ("bytes_read", "bytes_written", "flops", "launches"):
+        assert prune[what] == score[what] + select[what] + compact[what]
+    lists = 2 * math.ceil(2 * 2 * 300 * 4 / 256) * 256
+    assert prune["workspace_bytes"] == lists + max(score["workspace_bytes"], select["workspace_bytes"])
+
+
+def test_the_default_device_is_an_h200():
+    h200 = {"multiprocessors": 132, "capability": 90, "shared_bytes": 232448, "l2_bytes": 60 << 20}
+    for op, shape in CUDA_SHAPES.items():
+        named = csp_ext.plan(op, device="cuda", **h200, **shape)
+        assert named == csp_ext.plan(op, device="cuda", **shape)
+
+
+def test_the_properties_of_a_gpu_are_those_that_the_planner_takes(monkeypatch):
+    properties = SimpleNamespace(
+        multi_processor_count=108,
+        major=8,
+        minor=0,
+        shared_memory_per_block_optin=166912,
+        L2_cache_size=41943040,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device = csp_ext.cuda_device()
+    assert device == {
+        "multiprocessors": 108, "capability": 80, "shared_bytes": 166912, "l2_bytes": 41943040,
+    }  # fmt: skip
+    assert csp_ext.plan("compact", device="cuda", **device, **CUDA_SHAPES["compact"])["launches"] >= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: its properties were not read")
+def test_the_properties_of_this_gpu():
+    device = csp_ext.cuda_device()
+    assert (
+        device["capability"]
+        == 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    )
+    assert min(device.values()) > 0
+
+
 @pytest.mark.parametrize(
     ("op", "changes", "error", "match"),
     [
-        ("n_softmax", {}, ValueError, "op must be score, select, compact, decode or prune, got n_softmax"),
+        (
+            "n_softmax",
+            {},
+            ValueError,
+            "op must be score, select, compact, decode or prune on the CPU, got n_softmax",
+        ),
+        ("sort", {"device": "cuda"}, ValueError, "op must be n_softmax, .*, prune or decode, got sort"),
+        ("compact", {"device": "cuda:0"}, ValueError, "device must be cpu or cuda, got cuda:0"),
+        ("compact", {"capability": 90}, ValueError, "compact has no size or option capability"),
+        ("compact", {"device": "cuda", "num_threads": 2}, ValueError, "has no size or option num_threads"),
+        (
+            "compact",
+            {"device": "cuda", "capability": 70},
+            ValueError,
+            "capability must be at least 75, got 70",
+        ),
+        (
+            "compact",
+            {"device": "cuda", "multiprocessors": 0},
+            ValueError,
+            "multiprocessors must be at least 1, got 0",
+        ),
+        ("score", {"device": "cuda", "dtype": "float64"}, ValueError, "float64 is not supported on CUDA"),
+        ("select", {"cross_ratio": 1.5}, ValueError, "cross_ratio must be between 0 and 1, got 1.5"),
+        ("select", {"k_self": 1}, ValueError, "k_self and k_cross go together"),
+        (
+            "select",
+            {"combine": "sum"},
+            ValueError,
+            "combine must be one of intersection, union, calibrated, got sum",
+        ),
         ("compact", {"budget": None}, ValueError, "compact needs the size budget"),
         ("compact", {"keys": -1}, ValueError, "keys must be between 0 and 2147483647, got -1"),
         ("compact", {"keys": 2**31}, ValueError, "keys must be between 0 and 2147483647, got 2147483648"),

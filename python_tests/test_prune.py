@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numeric import dtypes, seeds, strided
+from numeric import computed_in, dtypes, moved, seeds, strided
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -95,6 +95,7 @@ def test_is_the_chain_bit_for_bit(
     with_lse,
     options,
 ):
+    dtype = computed_in(dtype, device)
     inputs = problem(batch, kv_heads, group, window, keys, head_dim, value_dim, dtype, device, seed)
     inputs = {name: strided(tensor, seed // (i + 1)) for i, (name, tensor) in enumerate(inputs.items())}
     if observers:
@@ -105,9 +106,7 @@ def test_is_the_chain_bit_for_bit(
     assert_equal(csp_ext.prune(**inputs, **options), chain(**inputs, **options))
 
 
-def test_matches_the_twin_in_float64(device):
-    if device == "cuda":
-        pytest.skip("float64 is a matter of the CPU and the twins")
+def test_matches_the_twin_in_float64():
     inputs = problem(dtype=torch.float64, keys=200, window=20)
     for options in (
         {},
@@ -259,7 +258,8 @@ def bad(match: str, **changes: object) -> object:
         bad("pool_kernel must be odd and at least 1, got 4", pool_kernel=4),
     ],
 )
-def test_bad_input(arguments, match):
+def test_bad_input(device, arguments, match):
+    arguments = {name: moved(value, device) for name, value in arguments.items()}
     with pytest.raises(ValueError, match=match):
         csp_ext.prune(**arguments)
     with pytest.raises(RuntimeError, match=match):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numeric import dtypes, seeds, strided
+from numeric import computed_in, dtypes, moved, seeds, strided
 
 import csp_ext
 from csp_ext import reference
@@ -37,6 +37,7 @@ def assert_equals_twin(attn: torch.Tensor, query_modality: torch.Tensor, key_mod
     dtype=dtypes, seed=seeds,
 )  # fmt: skip
 def test_matches_the_twin(device, batch, heads, window, keys, dtype, seed):
+    dtype = computed_in(dtype, device)
     attn, query_modality, key_modality = problem(batch, heads, window, keys, dtype, device, seed)
     assert_equals_twin(strided(attn, seed), strided(query_modality, seed), strided(key_modality, seed))
 
@@ -114,7 +115,8 @@ def bad(match: str, **changes: torch.Tensor) -> object:
         ),
     ],
 )
-def test_bad_input(arguments, match):
+def test_bad_input(device, arguments, match):
+    arguments = {name: moved(value, device) for name, value in arguments.items()}
     with pytest.raises(ValueError, match=match):
         csp_ext.segmented_column_sum(**arguments)
     with pytest.raises(RuntimeError, match=match):

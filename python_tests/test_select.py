@@ -7,7 +7,7 @@ import torch
 from boundary import assert_select_close
 from hypothesis import given
 from hypothesis import strategies as st
-from numeric import dtypes, seeds, strided
+from numeric import computed_in, dtypes, moved, seeds, strided
 
 import csp_ext
 from csp_ext import reference
@@ -26,7 +26,7 @@ def random_modality(batch, length, generator, kinds, run, padding):
 
 @st.composite
 def problems(draw):
-    """Draw the tensors and the options of one call."""
+    """Draw the tensors, on the CPU, and the options of one call."""
     seed, dtype = draw(seeds), draw(dtypes)
     generator = torch.Generator().manual_seed(seed)
     batch, heads = draw(st.integers(0, 3)), draw(st.integers(0, 3))
@@ -56,13 +56,15 @@ def problems(draw):
     if options["combine"] != "calibrated" and draw(st.booleans()):
         k_self = draw(st.integers(0, budget - recent))
         options |= {"k_self": k_self, "k_cross": budget - recent - k_self}
-    tensors = (strided(self.to(dtype), seed), strided(cross.to(dtype), seed + 1), modality, query_modality)
-    return tensors, options
+    return (self.to(dtype), cross.to(dtype), modality, query_modality), options, seed
 
 
 @given(problem=problems())
-def test_matches_the_twin(problem):
-    tensors, options = problem
+def test_matches_the_twin(device, problem):
+    (self, cross, *modalities), options, seed = problem
+    dtype = computed_in(self.dtype, device)
+    self, cross = (strided(scores.to(device, dtype), seed + i) for i, scores in enumerate((self, cross)))
+    tensors = (self, cross, *(modality.to(device) for modality in modalities))
     indices, lengths = csp_ext.select(*tensors, **options)
     assert indices.dtype == lengths.dtype == torch.int32
     assert_select_close(indices, lengths, *tensors, **options)
@@ -73,29 +75,29 @@ def test_matches_the_twin(problem):
 
 
 @given(seed=seeds, combine=st.sampled_from(COMBINE), pool=st.sampled_from(POOL))
-def test_a_padded_row_equals_the_row_alone(seed, combine, pool):
+def test_a_padded_row_equals_the_row_alone(device, seed, combine, pool):
     generator = torch.Generator().manual_seed(seed)
     length, pads, window = 50, 20, 6
-    modality = random_modality(1, length, generator, 2, 5, 0)
-    self, cross = torch.rand(2, 1, 2, length, generator=generator)
+    modality = random_modality(1, length, generator, 2, 5, 0).to(device)
+    self, cross = torch.rand(2, 1, 2, length, generator=generator).to(device)
     options = {"budget": 24, "recent": 5, "combine": combine, "pool": pool}
     alone, _ = csp_ext.select(self, cross, modality, modality[:, -window:], **options)
     # pads anywhere before the window, which must stay where it is
     place = torch.randperm(length + pads - window, generator=generator)[: length - window].sort().values
-    place = torch.cat([place, torch.arange(length + pads - window, length + pads)])
-    padded = torch.full((1, length + pads), -1, dtype=torch.int8)
+    place = torch.cat([place, torch.arange(length + pads - window, length + pads)]).to(device)
+    padded = torch.full((1, length + pads), -1, dtype=torch.int8, device=device)
     padded[:, place] = modality
-    wide_self, wide_cross = torch.full((2, 1, 2, length + pads), NAN)
+    wide_self, wide_cross = torch.full((2, 1, 2, length + pads), NAN, device=device)
     wide_self[..., place], wide_cross[..., place] = self, cross
     got, lengths = csp_ext.select(wide_self, wide_cross, padded, padded[:, -window:], **options)
     assert torch.equal(got, place.int()[alone.long()])
     assert bool((lengths == 24).all())
 
 
-def test_expanded_scores_and_heads():
+def test_expanded_scores_and_heads(device):
     generator = torch.Generator().manual_seed(0)
-    self, cross = torch.rand(2, 1, 1, 90, generator=generator)
-    modality = random_modality(2, 90, generator, 2, 9, 0.1)
+    self, cross = torch.rand(2, 1, 1, 90, generator=generator).to(device)
+    modality = random_modality(2, 90, generator, 2, 9, 0.1).to(device)
     args = (modality, modality[:, -8:])
     wide = csp_ext.select(self.expand(2, 20, 90), cross.expand(2, 20, 90), *args, budget=30)
     slim = csp_ext.select(self.expand(2, 1, 90), cross.expand(2, 1, 90), *args, budget=30)
@@ -105,11 +107,11 @@ def test_expanded_scores_and_heads():
 
 @pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("pool", POOL)
-def test_anything_in_the_scores_is_survived(combine, pool):
+def test_anything_in_the_scores_is_survived(device, combine, pool):
     generator = torch.Generator().manual_seed(1)
     values = torch.tensor([NAN, INF, -INF, -0.0, 0.0, 1.0, -1.0, 1e-45, 3e38])
-    self, cross = values[torch.randint(0, len(values), (2, 1, 4, 200), generator=generator)]
-    modality = random_modality(1, 200, generator, 2, 7, 0.1)
+    self, cross = values[torch.randint(0, len(values), (2, 1, 4, 200), generator=generator)].to(device)
+    modality = random_modality(1, 200, generator, 2, 7, 0.1).to(device)
     first = csp_ext.select(self, cross, modality, modality[:, -9:], budget=70, combine=combine, pool=pool)
     again = csp_ext.select(self, cross, modality, modality[:, -9:], budget=70, combine=combine, pool=pool)
     assert bool((first[1] == 70).all())
@@ -119,13 +121,14 @@ def test_anything_in_the_scores_is_survived(combine, pool):
 
 @pytest.mark.parametrize("combine", ["intersection", "union", "calibrated"])
 @pytest.mark.parametrize("pool", ["none", "max", "avg"])
-def test_the_twin_agrees_about_nan_and_infinity(combine, pool):
+def test_the_twin_agrees_about_nan_and_infinity(device, combine, pool):
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
-        own, other = torch.rand(2, 1, 2, 30, dtype=torch.float64, generator=generator)
+        own, other = torch.rand(2, 1, 2, 30, dtype=computed_in(torch.float64, device), generator=generator)
         for scores, value in ((own, NAN), (own, INF), (other, NAN), (other, -INF)):
             scores[torch.rand(scores.shape, generator=generator) < 0.15] = value
         modality = torch.randint(-1, 3, (1, 30), generator=generator, dtype=torch.int8)
+        own, other, modality = own.to(device), other.to(device), modality.to(device)
         arguments = (own, other, modality, modality[:, -4:])
         options = {"budget": 9, "recent": 2, "combine": combine, "pool": pool, "pool_kernel": 3}
         got, want = csp_ext.select(*arguments, **options), csp_ext.reference.select(*arguments, **options)
@@ -133,10 +136,9 @@ def test_the_twin_agrees_about_nan_and_infinity(combine, pool):
         assert torch.equal(got[1], want[1])
 
 
-def test_nan_is_kept_last_and_infinity_first():
-    self = torch.ones(1, 1, 8)
-    self[0, 0, 5], self[0, 0, 6], self[0, 0, 0] = NAN, NAN, INF
-    modality = torch.zeros(1, 8, dtype=torch.int8)
+def test_nan_is_kept_last_and_infinity_first(device):
+    self = torch.tensor([[[INF, 1, 1, 1, 1, NAN, NAN, 1]]], device=device)
+    modality = torch.zeros(1, 8, dtype=torch.int8, device=device)
     for combine in ("intersection", "union", "calibrated"):
         for ratio in (0.0, 0.4):
             options = {"combine": combine, "cross_ratio": ratio, "recent": 0}
@@ -163,16 +165,16 @@ def test_threads_do_not_change_a_bit(combine):
         assert torch.equal(one, two)
 
 
-def test_recent_is_the_window_by_default():
-    self, cross = torch.rand(2, 1, 1, 30)
-    modality = torch.zeros(1, 30, dtype=torch.int8)
+def test_recent_is_the_window_by_default(device):
+    self, cross = torch.rand(2, 1, 1, 30, device=device)
+    modality = torch.zeros(1, 30, dtype=torch.int8, device=device)
     indices, _ = csp_ext.select(self, cross, modality, modality[:, -7:], budget=7)
     assert indices.flatten().tolist() == list(range(23, 30))
 
 
-def test_opcheck():
-    modality = torch.tensor([[0, 0, 1, 1, -1, 0], [1, 0, 0, 1, 1, 0]], dtype=torch.int8)
-    self, cross = torch.rand(2, 2, 3, 6)
+def test_opcheck(device):
+    modality = torch.tensor([[0, 0, 1, 1, -1, 0], [1, 0, 0, 1, 1, 0]], dtype=torch.int8, device=device)
+    self, cross = torch.rand(2, 2, 3, 6, device=device)
     for options in [
         {"budget": 4},
         {"budget": 9, "recent": 1, "combine": "calibrated", "pool": "avg", "cross_ratio": 0.2},
@@ -180,19 +182,19 @@ def test_opcheck():
     ]:
         args = (self.requires_grad_(), cross, modality, modality[:, -2:])
         torch.library.opcheck(torch.ops.csp.select.default, args, options)
-    args = (torch.rand(2, 0, 6), torch.rand(2, 0, 6), modality, modality[:, -2:])
+    args = (self[:, :0].detach().contiguous(), cross[:, :0].contiguous(), modality, modality[:, -2:])
     torch.library.opcheck(torch.ops.csp.select.default, args, {"budget": 4})
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
-def test_compiles_once_for_many_prompt_lengths():
+def test_compiles_once_for_many_prompt_lengths(device):
     def chosen(self, cross, modality, budget):
         return csp_ext.select(self, cross, modality, modality[:, -4:], budget=budget, combine="union")
 
     compiled = torch.compile(chosen, backend="aot_eager", fullgraph=True, dynamic=True)
     for length in (40, 57, 300):
-        self, cross = torch.rand(2, 1, 2, length)
-        modality = (torch.arange(length) % 9 > 5).to(torch.int8)[None]
+        self, cross = torch.rand(2, 1, 2, length, device=device)
+        modality = (torch.arange(length, device=device) % 9 > 5).to(torch.int8)[None]
         got = compiled(self, cross, modality, length // 3)
         want = chosen(self, cross, modality, length // 3)
         assert torch.equal(got[0], want[0])
@@ -252,7 +254,8 @@ LONG = torch.zeros(1).expand(1, 1, HUGE)
         ),
     ],
 )  # fmt: skip
-def test_bad_input(tensors, options, match):
+def test_bad_input(device, tensors, options, match):
+    tensors = [moved(tensor, device) for tensor in tensors]
     options = {"budget": 5, **options}
     with pytest.raises(ValueError, match=match):
         csp_ext.select(*tensors, **options)

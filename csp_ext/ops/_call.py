@@ -9,16 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csp_ext.ops._refusal import refusal
+
 # torch's own complaint about an argument that does not fit the schema
 _MISFIT = re.compile(
     r"(?P<op>csp::\w+)\(\) Expected a value of type '(?P<want>[^']+)' for argument '(?P<name>\w+)' "
     r"but instead found type '(?P<got>[^']+)'\.(?:\nPosition: \d+\nValue: (?P<value>.*))?"
 )
+# the op's complaint about what no argument is to blame for: a kernel or a GPU
+_MACHINE = re.compile(r"csp::\w+: (kernel|cuda:\d+) ")
 _PLAIN = ("bool", "int", "float", "str")  # types whose value is worth showing
 
 
 def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a raw op; its complaint about an argument becomes a ValueError, a wrong type a TypeError."""
+    """Call a raw op; its complaint about an argument becomes a ValueError, about a type a TypeError."""
     if torch.compiler.is_compiling():
         return op(*args, **kwargs)
     try:
@@ -32,13 +36,16 @@ def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _clearer(error: RuntimeError, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception:
     if isinstance(error, NotImplementedError):
-        return _no_kernel(error, op, args, kwargs)
+        refused = refusal(op.default._schema, args, kwargs)
+        return refused if isinstance(refused, TypeError) else error
     message = str(error).split("\nException raised from")[0].split("\nC++ CapturedTraceback")[0]
     if not message.startswith("csp::"):
         return error
     misfit = _MISFIT.match(message)
     if misfit is not None:
         return _misfit(misfit)
+    if _MACHINE.match(message):
+        return RuntimeError(message)
     if message.endswith("got None"):
         return TypeError(message)
     return (MemoryError if ": out of memory" in message else ValueError)(message)
@@ -53,24 +60,6 @@ def _misfit(match: re.Match[str]) -> Exception:
         return ValueError(f"{op}: {name} must fit into 64 bits, got{value}")
     got = "None" if got == "NoneType" else got
     return TypeError(f"{op}: {name} must be {want}{' or None' if optional else ''}, got {got}{value}")
-
-
-def _no_kernel(
-    error: NotImplementedError, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Exception:
-    schema = op.default._schema
-    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-    if not tensors:
-        return TypeError(f"{schema.name}: {schema.arguments[0].name} must be Tensor, got None")
-    for name, tensor in tensors.items():
-        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
-        if kind != "torch.strided":
-            return TypeError(f"{schema.name}: {name} must be a plain strided tensor, got a {kind} one")
-    devices = sorted({str(tensor.device) for tensor in tensors.values()})
-    if devices == ["cpu"]:
-        return error
-    return NotImplementedError(f"{schema.name}: there is no kernel for tensors on {' and '.join(devices)}")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

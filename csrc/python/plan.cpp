@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <limits>
 #include <map>
@@ -17,7 +18,7 @@ namespace {
 // The keyword arguments, taken out one by one; what is left at the end was not understood.
 class Shape {
  public:
-  Shape(const std::string& op, const py::kwargs& arguments) : op_(op) {
+  Shape(const std::string& op, bool cuda, const py::kwargs& arguments) : op_(op), cuda_(cuda) {
     for (const auto& [name, value] : arguments) left_[name] = value;
   }
 
@@ -36,6 +37,16 @@ class Shape {
     return value;
   }
 
+  // A property of the device, not of the problem.
+  int64_t property(const char* name, int64_t least, int64_t otherwise) {
+    const int64_t value = take(name, otherwise);
+    if (value < least) {
+      throw py::value_error(std::string("plan: ") + name + " must be at least " + std::to_string(least) +
+                            ", got " + std::to_string(value));
+    }
+    return value;
+  }
+
   // The value of a word, by its place among the words known.
   template <typename Enum>
   Enum word(const char* name, std::initializer_list<std::pair<const char*, Enum>> known) {
@@ -48,13 +59,27 @@ class Shape {
     throw py::value_error(std::string("plan: ") + name + " must be one of " + words + ", got " + given);
   }
 
-  bool flag(const char* name) { return take(name, false); }
+  bool flag(const char* name, bool otherwise) { return take(name, otherwise); }
+
+  double share(const char* name, double otherwise) {
+    const double value = take(name, otherwise);
+    if (value >= 0 && value <= 1) return value;
+    throw py::value_error(std::string("plan: ") + name + " must be between 0 and 1, got " +
+                          std::to_string(value));
+  }
+
+  bool cuda() const { return cuda_; }
+  bool given(const char* name) const { return left_.contains(name); }
 
   void finish() const {
     for (const auto& [name, value] : left_) {
       throw py::value_error("plan: " + op_ + " has no size or option " + std::string(py::str(name)));
     }
-    // A few bytes or operations an element: everything must fit into 63 bits.
+    check_volume();
+  }
+
+  // A few bytes or operations an element: everything must fit into 63 bits.
+  void check_volume() const {
     if (most_elements() > 0x1p56) throw py::value_error("plan: the sizes multiply to more than 2^56");
   }
 
@@ -71,10 +96,10 @@ class Shape {
 
   double most_elements() const {
     const std::initializer_list<std::initializer_list<const char*>> dimensions = {
-        {"batch"},
+        {"batch", "rows"},
         {"num_heads", "num_kv_heads", "score_heads"},
         {"window", "queries"},
-        {"keys", "capacity", "budget"},
+        {"keys", "cols", "capacity", "budget"},
         {"head_dim", "value_dim"}};
     double elements = 1;
     for (const auto& names : dimensions) {
@@ -89,11 +114,12 @@ class Shape {
   }
 
   std::string op_;
+  bool cuda_;
   py::dict left_;
   std::map<std::string, double> sizes_;
 };
 
-csp::DType dtype_of(Shape& shape) {
+csp::DType any_dtype_of(Shape& shape) {
   using csp::DType;
   return shape.word<DType>("dtype", {{"float32", DType::kFloat32},
                                      {"float16", DType::kFloat16},
@@ -101,10 +127,66 @@ csp::DType dtype_of(Shape& shape) {
                                      {"float64", DType::kFloat64}});
 }
 
+// Of an op that computes with it.
+csp::DType dtype_of(Shape& shape) {
+  const csp::DType dtype = any_dtype_of(shape);
+  if (shape.cuda() && dtype == csp::DType::kFloat64) {
+    throw py::value_error("plan: float64 is not supported on CUDA");
+  }
+  return dtype;
+}
+
 void check_group(int64_t num_heads, int64_t num_kv_heads) {
   if (num_kv_heads > 0 ? num_heads % num_kv_heads == 0 : num_heads == 0) return;
   throw py::value_error("plan: num_heads must be a multiple of num_kv_heads = " +
                         std::to_string(num_kv_heads) + ", got " + std::to_string(num_heads));
+}
+
+csp::Combine combine_of(Shape& shape) {
+  using csp::Combine;
+  return shape.word<Combine>("combine", {{"intersection", Combine::kIntersection},
+                                         {"union", Combine::kUnion},
+                                         {"calibrated", Combine::kCalibrated}});
+}
+
+// Of a contiguous [batch, heads, rows, dim] tensor.
+csp::Strides strides_of(int64_t heads, int64_t rows, int64_t dim) {
+  return {heads * rows * dim, rows * dim, dim};
+}
+
+csp::NSoftmaxParams n_softmax_of(Shape& shape) {
+  csp::NSoftmaxParams p;
+  p.dtype = dtype_of(shape);
+  p.rows = shape.size("rows");
+  p.cols = shape.size("cols");
+  return p;
+}
+
+csp::SegmentedColumnSumParams segmented_column_sum_of(Shape& shape) {
+  csp::SegmentedColumnSumParams p;
+  p.dtype = dtype_of(shape);
+  p.batch = shape.size("batch");
+  p.num_heads = shape.size("num_heads");
+  p.window = shape.size("window");
+  p.keys = shape.size("keys");
+  shape.check_volume();
+  p.attn_stride = strides_of(p.num_heads, p.window, p.keys);
+  return p;
+}
+
+csp::DualTopKParams dual_top_k_of(Shape& shape) {
+  csp::DualTopKParams p;
+  p.dtype = dtype_of(shape);
+  p.rows = shape.size("rows");
+  p.keys = shape.size("keys");
+  p.k_self = shape.size("k_self");
+  p.k_cross = shape.size("k_cross");
+  p.combine = combine_of(shape);
+  static const bool mask =
+      true;  // any address will do, here and below: the planner asks whether there is one
+  if (shape.flag("valid_self", false)) p.valid_self = &mask;
+  if (shape.flag("valid_cross", false)) p.valid_cross = &mask;
+  return p;
 }
 
 csp::ScoreParams score_of(Shape& shape) {
@@ -117,15 +199,31 @@ csp::ScoreParams score_of(Shape& shape) {
   p.keys = shape.size("keys");
   p.head_dim = shape.size("head_dim");
   p.heads = shape.word<csp::Heads>("heads", {{"kv", csp::Heads::kKv}, {"shared", csp::Heads::kShared}});
-  // Any address will do: the planner only asks whether there is one.
-  if (shape.flag("lse")) p.lse = &p;
+  if (shape.flag("lse", false)) p.lse = &p;
   check_group(p.num_heads, p.num_kv_heads);
+  shape.check_volume();
+  p.query_stride = strides_of(p.num_heads, p.window, p.head_dim);
+  p.key_stride = strides_of(p.num_kv_heads, p.keys, p.head_dim);
   return p;
 }
 
-csp::Pool pool_of(Shape& shape) {
+// The options that select and prune share; the sizes but the budget are there.
+void fill_options(Shape& shape, csp::SelectParams& p) {
   using csp::Pool;
-  return shape.word<Pool>("pool", {{"none", Pool::kNone}, {"max", Pool::kMax}, {"avg", Pool::kAvg}});
+  p.budget = shape.size("budget");
+  p.recent = shape.size("recent", std::min(p.window, p.budget));
+  p.combine = combine_of(shape);
+  p.rho_thousandths = static_cast<int32_t>(std::nearbyint(1000 * shape.share("cross_ratio", 0.5)));
+  if (shape.given("k_self") != shape.given("k_cross")) {
+    throw py::value_error("plan: k_self and k_cross go together");
+  }
+  if (shape.given("k_self")) {
+    p.k_self = shape.size("k_self");
+    p.k_cross = shape.size("k_cross");
+  }
+  p.pool = shape.word<Pool>("pool", {{"none", Pool::kNone}, {"max", Pool::kMax}, {"avg", Pool::kAvg}});
+  p.pool_kernel = shape.size("pool_kernel", 7);
+  p.causal = shape.flag("causal", true);
 }
 
 csp::SelectParams select_of(Shape& shape) {
@@ -135,14 +233,13 @@ csp::SelectParams select_of(Shape& shape) {
   p.score_heads = shape.size("score_heads");
   p.keys = shape.size("keys");
   p.window = shape.size("window");
-  p.budget = shape.size("budget");
-  p.pool = pool_of(shape);
+  fill_options(shape, p);
   return p;
 }
 
 csp::CompactParams compact_of(Shape& shape) {
   csp::CompactParams p;
-  p.element_bytes = csp::dtype_bytes(dtype_of(shape));
+  p.element_bytes = csp::dtype_bytes(any_dtype_of(shape));
   p.batch = shape.size("batch");
   p.num_kv_heads = shape.size("num_kv_heads");
   p.score_heads = shape.size("score_heads", p.num_kv_heads);
@@ -150,6 +247,9 @@ csp::CompactParams compact_of(Shape& shape) {
   p.budget = shape.size("budget");
   p.head_dim = shape.size("head_dim");
   p.value_dim = shape.size("value_dim", p.head_dim);
+  shape.check_volume();
+  p.key_stride = strides_of(p.num_kv_heads, p.keys, p.head_dim);
+  p.value_stride = strides_of(p.num_kv_heads, p.keys, p.value_dim);
   return p;
 }
 
@@ -161,8 +261,8 @@ csp::PruneParams prune_of(Shape& shape) {
   p.select.score_heads = p.score.heads == csp::Heads::kShared ? 1 : p.score.num_kv_heads;
   p.select.keys = p.score.keys;
   p.select.window = p.score.window;
-  p.select.budget = shape.size("budget");
-  p.select.pool = pool_of(shape);
+  fill_options(shape, p.select);
+  p.score.causal = p.select.causal;
   p.compact.element_bytes = csp::dtype_bytes(p.score.dtype);
   p.compact.batch = p.score.batch;
   p.compact.num_kv_heads = p.score.num_kv_heads;
@@ -171,6 +271,9 @@ csp::PruneParams prune_of(Shape& shape) {
   p.compact.budget = p.select.budget;
   p.compact.head_dim = p.score.head_dim;
   p.compact.value_dim = shape.size("value_dim", p.score.head_dim);
+  shape.check_volume();
+  p.compact.key_stride = p.score.key_stride;
+  p.compact.value_stride = strides_of(p.score.num_kv_heads, p.score.keys, p.compact.value_dim);
   return p;
 }
 
@@ -184,37 +287,78 @@ csp::DecodeParams decode_of(Shape& shape) {
   p.capacity = shape.size("capacity");
   p.head_dim = shape.size("head_dim");
   check_group(p.num_heads, p.num_kv_heads);
+  shape.check_volume();
+  p.query_stride = strides_of(p.num_heads, p.queries, p.head_dim);
+  p.key_stride = p.value_stride = strides_of(p.num_kv_heads, p.capacity, p.head_dim);
   return p;
+}
+
+csp::CudaDevice device_of(Shape& shape) {
+  csp::CudaDevice device;
+  device.multiprocessors = static_cast<int32_t>(shape.property("multiprocessors", 1, device.multiprocessors));
+  device.capability =
+      static_cast<int32_t>(shape.property("capability", csp::kMinCudaCapability, device.capability));
+  device.shared_bytes = shape.property("shared_bytes", 1, device.shared_bytes);
+  device.l2_bytes = shape.property("l2_bytes", 1, device.l2_bytes);
+  return device;
+}
+
+csp::Plan plan_cpu(const std::string& op, Shape& shape) {
+  const auto threads = static_cast<int32_t>(shape.size("num_threads", 1));
+  const auto with = [&](const auto& params, auto planner) {
+    shape.finish();
+    return planner(params);
+  };
+  if (op == "score") return with(score_of(shape), [&](auto& p) { return csp::plan_score_cpu(p, threads); });
+  if (op == "select")
+    return with(select_of(shape), [&](auto& p) { return csp::plan_select_cpu(p, threads); });
+  if (op == "compact") return with(compact_of(shape), [&](auto& p) { return csp::plan_compact_cpu(p); });
+  if (op == "decode")
+    return with(decode_of(shape), [&](auto& p) { return csp::plan_decode_cpu(p, threads); });
+  if (op == "prune") return with(prune_of(shape), [&](auto& p) { return csp::plan_prune_cpu(p, threads); });
+  throw py::value_error("plan: op must be score, select, compact, decode or prune on the CPU, got " + op);
+}
+
+csp::Plan plan_cuda(const std::string& op, Shape& shape) {
+  const csp::CudaDevice device = device_of(shape);
+  const auto with = [&](const auto& params, auto planner) {
+    shape.finish();
+    return planner(params, device);
+  };
+  if (op == "n_softmax") return with(n_softmax_of(shape), csp::plan_n_softmax_cuda);
+  if (op == "segmented_column_sum") {
+    return with(segmented_column_sum_of(shape), csp::plan_segmented_column_sum_cuda);
+  }
+  if (op == "score") return with(score_of(shape), csp::plan_score_cuda);
+  if (op == "dual_top_k") return with(dual_top_k_of(shape), csp::plan_dual_top_k_cuda);
+  if (op == "select") return with(select_of(shape), csp::plan_select_cuda);
+  if (op == "compact") return with(compact_of(shape), csp::plan_compact_cuda);
+  if (op == "prune") return with(prune_of(shape), csp::plan_prune_cuda);
+  if (op == "decode") return with(decode_of(shape), csp::plan_decode_cuda);
+  throw py::value_error(
+      "plan: op must be n_softmax, segmented_column_sum, score, dual_top_k, select, compact, prune or "
+      "decode, got " +
+      op);
 }
 
 }  // namespace
 
-py::dict plan(const std::string& op, const py::kwargs& arguments) {
-  Shape shape(op, arguments);
-  const auto threads = static_cast<int32_t>(shape.size("num_threads", 1));
-  csp::Plan plan;
-  const auto with = [&](const auto& params, auto planner) {
-    shape.finish();
-    plan = planner(params);
-  };
-  if (op == "score") {
-    with(score_of(shape), [&](const auto& p) { return csp::plan_score_cpu(p, threads); });
-  } else if (op == "select") {
-    with(select_of(shape), [&](const auto& p) { return csp::plan_select_cpu(p, threads); });
-  } else if (op == "compact") {
-    with(compact_of(shape), [&](const auto& p) { return csp::plan_compact_cpu(p); });
-  } else if (op == "decode") {
-    with(decode_of(shape), [&](const auto& p) { return csp::plan_decode_cpu(p, threads); });
-  } else if (op == "prune") {
-    with(prune_of(shape), [&](const auto& p) { return csp::plan_prune_cpu(p, threads); });
-  } else {
-    throw py::value_error("plan: op must be score, select, compact, decode or prune, got " + op);
+py::dict plan(const std::string& op, const std::string& device, const py::kwargs& arguments) {
+  if (device != "cpu" && device != "cuda") {
+    throw py::value_error("plan: device must be cpu or cuda, got " + device);
   }
+  const bool cuda = device == "cuda";
+  Shape shape(op, cuda, arguments);
+  const csp::Plan plan = cuda ? plan_cuda(op, shape) : plan_cpu(op, shape);
   py::dict result;
   result["workspace_bytes"] = plan.workspace_bytes;
   result["bytes_read"] = plan.bytes_read;
   result["bytes_written"] = plan.bytes_written;
   result["flops"] = plan.flops;
-  result["tasks"] = plan.tasks;
+  if (cuda) {
+    result["launches"] = plan.launches;
+  } else {
+    result["tasks"] = plan.tasks;
+  }
   return result;
 }

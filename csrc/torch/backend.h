@@ -1,5 +1,7 @@
 #pragma once
 
+#include <initializer_list>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,11 +11,16 @@
 #include "csp/parallel.h"
 
 #ifdef CSP_CUDA
+#include <cstdlib>
+#include <string_view>
+
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
-// Each binding file is compiled once per backend; this header holds all that differs between the two.
-// CSP_IMPL(op) registers the function `op` for the backend's dispatch key.
+// Each binding file is compiled once per backend; this header holds all that differs between the two:
+// CSP_IMPL(op) registers the function `op` for the backend's dispatch key;
+// CSP_LAUNCHER(op) and CSP_WORKSPACE(op) are its launcher and the function that sizes the scratch;
+// launch(...) calls them; checks_values() says whether values inside tensors are looked at.
 
 namespace csp {
 
@@ -32,9 +39,32 @@ inline Tensor empty(const char* op, const Tensor& like, std::initializer_list<in
   return empty(op, like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
 }
 
+// A tensor of a call and its name: what an error says about the problem. The first one's device does the
+// work.
+struct Argument {
+  const char* name;
+  const Tensor& tensor;
+};
+using Arguments = std::initializer_list<Argument>;
+
+inline std::string problem_of(const char* op, Arguments arguments) {
+  std::string text;
+  for (const auto& [name, tensor] : arguments) {
+    text += (text.empty() ? "" : ", ") + std::string(name) + " " + name_of(type_of(op, name, tensor)) + " " +
+            shape_of(tensor);
+  }
+  return text;
+}
+
 // Scratch memory of the caller's allocator; freed when the tensor goes out of scope.
-inline Tensor workspace(const char* op, const Tensor& like, size_t bytes) {
-  return empty(op, like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+inline Tensor workspace(const char* op, Arguments arguments, size_t bytes) {
+  try {
+    return torch::stable::empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, std::nullopt,
+                                arguments.begin()->tensor.device());
+  } catch (const std::exception&) {
+    fail(op, "out of memory: no room for a workspace of ", bytes, " bytes, needed for ",
+         problem_of(op, arguments));
+  }
 }
 
 #ifdef CSP_CUDA
@@ -43,49 +73,51 @@ inline Tensor workspace(const char* op, const Tensor& like, size_t bytes) {
   STABLE_TORCH_LIBRARY_IMPL(csp, CUDA, m) { \
     m.impl(#op, TORCH_BOX(&csp::op));       \
   }
+#define CSP_LAUNCHER(op) op##_cuda
+#define CSP_WORKSPACE(op) op##_cuda_workspace_bytes
 
-// Launches on the device of a tensor, on torch's current stream there, with scratch of torch's allocator.
-class CudaCall {
- public:
-  CudaCall(const char* op, const Tensor& on) : op_(op), on_(on), guard_(on.get_device_index()) {
-    int error = 0;
-    context_.device = cuda_device(static_cast<int32_t>(on.get_device_index()), &error);
-    check({error, nullptr, nullptr});
-    CSP_CHECK(context_.device.capability >= kMinCudaCapability, op, name_of(on.device()),
-              " has compute capability ", context_.device.capability / 10, ".",
-              context_.device.capability % 10, ", the kernels need 7.5 or later");
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(on.get_device_index(), &context_.stream));
+// To look means to wait for the stream, so it is asked for: CSP_CHECK=1 in the environment.
+inline bool checks_values() {
+  static const bool wanted = [] {
+    const char* const value = std::getenv("CSP_CHECK");
+    return value != nullptr && *value != '\0' && std::string_view(value) != "0";
+  }();
+  return wanted;
+}
+
+// What a launcher needs of a device; refuses one that the kernels do not run on.
+inline CudaDevice device_of(const char* op, const Tensor& on) {
+  int error = 0;
+  const CudaDevice device = cuda_device(on.get_device_index(), &error);
+  CSP_CHECK(error == 0, op, name_of(on.device()), " gives no properties: ", cuda_error_string(error));
+  CSP_CHECK(device.capability >= kMinCudaCapability, op, name_of(on.device()), " has compute capability ",
+            device.capability / 10, ".", device.capability % 10, ", the kernels need 7.5 or later");
+  return device;
+}
+
+// Launches on the device of the first argument, on torch's current stream there.
+template <typename Params>
+void launch(const char* op, Arguments arguments, const Params& params,
+            CudaStatus (*launcher)(const Params&, const CudaContext&),
+            size_t (*workspace_bytes)(const Params&, const CudaDevice&) = nullptr) {
+  const Tensor& on = arguments.begin()->tensor;
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  CudaContext context;
+  context.device = device_of(op, on);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &context.stream));
+  Tensor scratch;
+  if (workspace_bytes != nullptr) {
+    context.workspace_bytes = workspace_bytes(params, context.device);
+    scratch = workspace(op, arguments, context.workspace_bytes);
+    context.workspace = scratch.mutable_data_ptr();
   }
-
-  const CudaDevice& device() const { return context_.device; }
-
-  // launcher(params, context) with `bytes` of scratch.
-  template <typename Params>
-  void run(CudaStatus (*launcher)(const Params&, const CudaContext&), const Params& params,
-           size_t bytes = 0) {
-    Tensor scratch;
-    if (bytes > 0) {
-      scratch = workspace(op_, on_, bytes);
-      context_.workspace = scratch.mutable_data_ptr();
-      context_.workspace_bytes = bytes;
-    }
-    check(launcher(params, context_));
-  }
-
- private:
-  void check(const CudaStatus& status) const {
-    if (status.ok()) return;
-    const char* const reason = status.reason != nullptr ? status.reason : cuda_error_string(status.error);
-    if (status.kernel == nullptr) fail(op_, reason);
-    fail(op_, "kernel ", status.kernel, " could not be launched on ", shape_of(on_), ": ", reason);
-  }
-
-  const char* op_;
-  const Tensor& on_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  CudaContext context_;
-};
+  const CudaStatus status = launcher(params, context);
+  if (status.ok()) return;
+  const char* const reason = status.reason != nullptr ? status.reason : cuda_error_string(status.error);
+  if (status.kernel == nullptr) fail(op, reason, " (", problem_of(op, arguments), ")");
+  fail(op, "kernel ", status.kernel, " could not be launched for ", problem_of(op, arguments), " on ",
+       name_of(on.device()), ": ", reason);
+}
 
 #else
 
@@ -93,6 +125,12 @@ class CudaCall {
   STABLE_TORCH_LIBRARY_IMPL(csp, CPU, m) { \
     m.impl(#op, TORCH_BOX(&csp::op));      \
   }
+#define CSP_LAUNCHER(op) op##_cpu
+#define CSP_WORKSPACE(op) op##_cpu_workspace_bytes
+
+inline bool checks_values() {
+  return true;
+}
 
 // torch's own intra-op pool.
 inline Parallel torch_parallel() {
@@ -106,6 +144,30 @@ inline Parallel torch_parallel() {
   return parallel;
 }
 
+template <typename Params>
+void launch(const char*, Arguments, const Params& params, void (*launcher)(const Params&, const Parallel&)) {
+  launcher(params, torch_parallel());
+}
+
+template <typename Params>
+void launch(const char* op, Arguments arguments, const Params& params,
+            void (*launcher)(const Params&, void*, const Parallel&),
+            size_t (*workspace_bytes)(const Params&, int32_t)) {
+  const Parallel parallel = torch_parallel();
+  Tensor scratch = workspace(op, arguments, workspace_bytes(params, parallel.num_threads));
+  launcher(params, scratch.mutable_data_ptr(), parallel);
+}
+
 #endif
+
+// The values of a tensor in host memory, for checks_values().
+inline Tensor on_host(const char* op, const char* name, const Tensor& t) {
+  if (t.is_cpu()) return t;
+  try {
+    return torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  } catch (const std::exception&) {
+    fail(op, "CSP_CHECK=1 could not read ", name, " back (it cannot while a CUDA graph is captured)");
+  }
+}
 
 }  // namespace csp

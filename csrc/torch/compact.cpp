@@ -15,15 +15,15 @@ void check_indices(const char* op, const Tensor& indices, const Tensor& key) {
   check_int32(op, "indices' length T", indices.size(2));
 }
 
-#ifndef CSP_CUDA
-void check_values(const char* op, const CompactParams& params) {
+void check_values(const char* op, CompactParams params, const Tensor& indices) {
+  const Tensor host = on_host(op, "indices", indices);
+  params.indices = static_cast<const int32_t*>(host.const_data_ptr());
   const int64_t bad = compact_cpu_bad_index(params);
   if (bad < 0) return;
   const int64_t row = bad / params.budget;
   fail(op, "indices must lie in [-1, L = ", params.keys, "), got ", params.indices[bad], " at [",
        row / params.score_heads, ", ", row % params.score_heads, ", ", bad % params.budget, "]");
 }
-#endif
 
 std::tuple<Tensor, Tensor> compact(const Tensor& key, const Tensor& value, const Tensor& indices) {
   constexpr const char* op = "compact";
@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor> compact(const Tensor& key, const Tensor& value, const
   Tensor key_out = empty_compacted(op, key, rows.size(2));
   Tensor value_out = empty_compacted(op, value, rows.size(2));
   const CompactParams params = fill_compact_params(key, value, rows, key_out, value_out);
-  check_values(op, params);
-  compact_cpu(params, torch_parallel());
+  if (checks_values()) check_values(op, params, rows);
+  launch(op, {{"key", key}, {"value", value}, {"indices", rows}}, params, CSP_LAUNCHER(compact));
   return {key_out, value_out};
 }
 

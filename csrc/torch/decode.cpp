@@ -76,37 +76,38 @@ DecodeParams params_of(const Tensor& query, const Tensor& key, const Tensor& val
   return params;
 }
 
-// On the CPU the values can be read, so a wrong one is an error.
-void check_range(const DecodeParams& params) {
-  const int64_t capacity = params.capacity;
-  if (params.end != nullptr) {
-    CSP_CHECK(*params.end >= 0 && *params.end <= capacity, op, "end must be between 0 and the capacity ",
-              capacity, ", got ", *params.end);
-  }
-  if (params.start == nullptr) return;
+void check_start(const Tensor& start, const DecodeParams& params) {
+  const Tensor host = on_host(op, "start", start);
+  const int32_t* const values = host.const_data_ptr<int32_t>();
   for (int64_t b = 0; b < params.batch; ++b) {
     for (int64_t h = 0; h < params.num_kv_heads; ++h) {
-      const int32_t start = params.start[b * params.start_batch + h * params.start_head];
-      CSP_CHECK(start >= 0 && start <= capacity, op, "start must be between 0 and the capacity ", capacity,
-                ", got ", start, " for row ", b, ", head ", h);
+      const int32_t first = values[b * host.stride(0) + (host.dim() == 2 ? h * host.stride(1) : 0)];
+      CSP_CHECK(first >= 0 && first <= params.capacity, op, "start must be between 0 and the capacity ",
+                params.capacity, ", got ", first, " for row ", b, ", head ", h);
     }
   }
+}
+
+void check_end(const Tensor& end, const DecodeParams& params) {
+  const Tensor host = on_host(op, "end", end);
+  const int32_t last = *host.const_data_ptr<int32_t>();
+  CSP_CHECK(last >= 0 && last <= params.capacity, op, "end must be between 0 and the capacity ",
+            params.capacity, ", got ", last);
 }
 
 std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key, const Tensor& value,
                                   const std::optional<Tensor>& start, const std::optional<Tensor>& end,
                                   double n, std::optional<double> scale) {
   DecodeParams params = params_of(query, key, value, start, end, n, scale);
-  check_range(params);
+  if (end && checks_values()) check_end(*end, params);
+  if (start && checks_values()) check_start(*start, params);
   Tensor out = empty(op, query, {params.batch, params.num_heads, params.queries, params.head_dim},
                      query.scalar_type());
   Tensor lse = empty(op, query, {params.batch, params.num_heads, params.queries},
                      scalar_type_of(accumulate_dtype(params.dtype)));
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr();
-  const Parallel parallel = torch_parallel();
-  const Tensor scratch = workspace(op, query, decode_cpu_workspace_bytes(params, parallel.num_threads));
-  decode_cpu(params, scratch.mutable_data_ptr(), parallel);
+  launch(op, {{"query", query}, {"key", key}}, params, CSP_LAUNCHER(decode), CSP_WORKSPACE(decode));
   return {out, lse};
 }
 

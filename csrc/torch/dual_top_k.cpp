@@ -54,10 +54,7 @@ Tensor dual_top_k(const Tensor& self, const Tensor& cross, int64_t k_self, int64
   params.valid_self = valid_self ? static_cast<const bool*>(valid_self->const_data_ptr()) : nullptr;
   params.valid_cross = valid_cross ? static_cast<const bool*>(valid_cross->const_data_ptr()) : nullptr;
   params.mask = static_cast<bool*>(mask.mutable_data_ptr());
-
-  const Parallel parallel = torch_parallel();
-  const Tensor scratch = workspace(op, self, dual_top_k_cpu_workspace_bytes(params, parallel.num_threads));
-  dual_top_k_cpu(params, scratch.mutable_data_ptr(), parallel);
+  launch(op, {{"self", self}}, params, CSP_LAUNCHER(dual_top_k), CSP_WORKSPACE(dual_top_k));
   return mask;
 }
 

@@ -21,11 +21,7 @@ Tensor n_softmax(const Tensor& logits, double n) {
   params.cols = logits.size(logits.dim() - 1);
   params.rows = params.cols > 0 ? logits.numel() / params.cols : 0;
   params.n = n;
-#ifdef CSP_CUDA
-  CudaCall(op, logits).run(n_softmax_cuda, params);
-#else
-  n_softmax_cpu(params, torch_parallel());
-#endif
+  launch(op, {{"logits", logits}}, params, CSP_LAUNCHER(n_softmax));
   return out;
 }
 

@@ -40,10 +40,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prune(
   select.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   select.lengths = static_cast<int32_t*>(lengths.mutable_data_ptr());
   params.compact = fill_compact_params(key, value, indices, key_out, value_out);
-
-  const Parallel parallel = torch_parallel();
-  Tensor scratch = workspace(op, key, prune_cpu_workspace_bytes(params, parallel.num_threads));
-  prune_cpu(params, scratch.mutable_data_ptr(), parallel);
+  launch(op, {{"query", query}, {"key", key}, {"indices", indices}}, params, CSP_LAUNCHER(prune),
+         CSP_WORKSPACE(prune));
   return {key_out, value_out, indices, lengths};
 }
 

@@ -18,10 +18,7 @@ std::tuple<Tensor, Tensor> score(const Tensor& query, const Tensor& key, const T
   Tensor cross = empty(op, query, {params.batch, inputs.score_heads(), params.keys}, type);
   params.self = self.mutable_data_ptr();
   params.cross = cross.mutable_data_ptr();
-
-  const Parallel parallel = torch_parallel();
-  Tensor scratch = workspace(op, query, score_cpu_workspace_bytes(params, parallel.num_threads));
-  score_cpu(params, scratch.mutable_data_ptr(), parallel);
+  launch(op, {{"query", query}, {"key", key}}, params, CSP_LAUNCHER(score), CSP_WORKSPACE(score));
   return {self, cross};
 }
 

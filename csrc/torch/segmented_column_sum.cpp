@@ -34,7 +34,11 @@ std::tuple<Tensor, Tensor> segmented_column_sum(const Tensor& attn, const Tensor
   params.num_heads = attn.size(1);
   params.window = attn.size(2);
   params.keys = attn.size(3);
-  segmented_column_sum_cpu(params, torch_parallel());
+#ifdef CSP_CUDA
+  launch(op, {{"attn", attn}}, params, segmented_column_sum_cuda, segmented_column_sum_cuda_workspace_bytes);
+#else
+  launch(op, {{"attn", attn}}, params, segmented_column_sum_cpu);
+#endif
   return {self, cross};
 }
 

@@ -48,10 +48,7 @@ std::tuple<Tensor, Tensor> select(const Tensor& self, const Tensor& cross, const
   params.query_modality = static_cast<const int8_t*>(queries_of.const_data_ptr());
   params.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   params.lengths = static_cast<int32_t*>(lengths.mutable_data_ptr());
-
-  const Parallel parallel = torch_parallel();
-  const Tensor scratch = workspace(op, self, select_cpu_workspace_bytes(params, parallel.num_threads));
-  select_cpu(params, scratch.mutable_data_ptr(), parallel);
+  launch(op, {{"self", self}, {"indices", indices}}, params, CSP_LAUNCHER(select), CSP_WORKSPACE(select));
   return {indices, lengths};
 }
 

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "csp/prune.h"
+
+namespace csp {
+
+// The workspace of prune: both score lists, then the scratch that its parts use one after another.
+struct PruneLayout {
+  size_t list_bytes = 0;  // of one list [B, Hs, L]
+  size_t scratch_bytes = 0;
+
+  size_t bytes() const { return 2 * list_bytes + scratch_bytes; }
+};
+
+PruneLayout prune_layout(const PruneParams& params, const CudaDevice& device);
+
+}  // namespace csp
