@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt
 
-.PHONY: demo test cpp gtest check format wheel bench print-torch clean
+.PHONY: demo test cpp gtest check format wheel resources bench print-torch clean
 
 demo: $(VENV)/.demo
 	$(BIN)/csp demo
@@ -56,6 +56,10 @@ format: $(VENV)/.dev
 # Shares its build folder with the editable install, so that nothing is compiled twice.
 wheel: $(VENV)/.torch
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+
+# Registers, shared memory and spills of every CUDA kernel; fails where one spills. Needs nvcc, no GPU.
+resources: $(VENV)/.dev
+	$(BIN)/python tools/cuda_resources.py --check
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/run_all.py

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from harness import arguments, copy_bandwidth, interleave, report
+from harness import Bench, arguments, copy_share, name_of
+from problems import Problem, cpu_problems, gpu_problems
 from torch import Tensor
 
 import csp_ext
@@ -18,59 +21,49 @@ def gather_and_cat(key: Tensor, value: Tensor, candidates: Tensor, recent: int) 
     )
 
 
-def kept(heads: int, length: int, budget: int, recent: int) -> Tensor:
-    """Return random kept rows [1, H, T]: scattered candidates and the recent ones."""
-    chosen = (
-        torch.stack([torch.randperm(length - recent)[: budget - recent] for _ in range(heads)])
-        .sort(-1)
-        .values
-    )
-    last = torch.arange(length - recent, length).expand(heads, -1)
-    return torch.cat([chosen, last], dim=1)[None]
+def kept(problem: Problem, device: str) -> Tensor:
+    """Return random kept rows [B, Hkv, T]: scattered candidates and the recent ones."""
+    recent, rows = problem.window, problem.batch * problem.num_kv_heads
+    scattered = torch.rand(rows, problem.keys - recent, device=device).argsort(-1)
+    chosen = scattered[:, : problem.budget - recent].sort(-1).values
+    last = torch.arange(problem.keys - recent, problem.keys, device=device).expand(rows, -1)
+    return torch.cat([chosen, last], dim=1).view(problem.batch, problem.num_kv_heads, -1)
 
 
-def row(
-    case: str, heads: int, length: int, budget: int, recent: int, dtype: torch.dtype, repeats: int
-) -> dict[str, object]:
+def measure(bench: Bench, problem: Problem) -> None:
     """Measure one problem."""
-    key, value = (torch.randn(1, heads, length, 128).to(dtype) for _ in range(2))
-    indices = kept(heads, length, budget, recent)
-    candidates, narrow = indices[..., : budget - recent].contiguous(), indices.int()
+    key, value = problem.cache(bench.device), problem.cache(bench.device)
+    indices, recent = kept(problem, bench.device), problem.window
+    candidates, narrow = indices[..., : problem.budget - recent].contiguous(), indices.int()
     # a plain copy of as many bytes, new memory included
-    key_rows, value_rows = key[:, :, :budget].contiguous(), value[:, :, :budget].contiguous()
-    time = interleave(
+    key_rows, value_rows = (cache[:, :, : problem.budget].contiguous() for cache in (key, value))
+    plan = bench.plan(
+        "compact",
+        batch=problem.batch,
+        num_kv_heads=problem.num_kv_heads,
+        keys=problem.keys,
+        budget=problem.budget,
+        head_dim=problem.head_dim,
+        dtype=name_of(problem.dtype),
+    )
+    bench.row(
+        problem.case,
+        lambda: csp_ext.compact(key, value, narrow),
         {
-            "ours": lambda: csp_ext.compact(key, value, narrow),
-            "torch": lambda: gather_and_cat(key, value, candidates, recent),
+            "gather + cat": lambda: gather_and_cat(key, value, candidates, recent),
             "clone": lambda: (key_rows.clone(), value_rows.clone()),
         },
-        repeats,
+        plan,
+        targets=[copy_share(0.85)] if problem.batch >= 8 else [],
     )
-    plan = csp_ext.plan(
-        "compact", batch=1, num_kv_heads=heads, keys=length, budget=budget, head_dim=128, dtype=str(dtype)[6:]
-    )
-    moved = plan["bytes_read"] + plan["bytes_written"]
-    return {
-        "case": f"{case} {str(dtype)[6:]}",
-        "ours ms": time["ours"].median * 1e3,
-        "gather + cat ms": time["torch"].median * 1e3,
-        "eager / ours": time["torch"].median / time["ours"].median,
-        "GB/s": moved / time["ours"].median / 1e9,
-        "of a clone of the kept bytes": time["clone"].median / time["ours"].median,
-        "of copy bandwidth": moved / time["ours"].median / copy_bandwidth(),
-    }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
-    options = arguments(__doc__)
-    repeats = 5 if options.quick else 21
-    rows = [
-        row(case, heads, length, budget, 64, dtype, repeats)
-        for case, heads, length, budget in [("LLaVA-1.5-7B", 32, 4096, 820), ("GQA", 4, 8192, 1638)]
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    report("compact, B=1, D=128", rows, options.json)
+    bench = Bench("compact, T=20 %", arguments(__doc__, argv))
+    for problem in bench.few(gpu_problems() if bench.for_gpu else cpu_problems()):
+        measure(bench, problem)
+    bench.report()
 
 
 if __name__ == "__main__":

@@ -1,80 +1,113 @@
-"""decode against torch's CPU flash attention that returns its LSE, with the n-softmax correction.
+"""decode against torch's and flash-attn's attention over the same cache.
 
-The peer is ``aten::_scaled_dot_product_flash_attention_for_cpu`` and ``out * sigmoid(lse)``. With fewer KV
-heads than query heads it is timed twice: on the grouped cache as it is, which it takes without expanding, and
-on a cache expanded beforehand (the copy is not charged). The ratio is against the faster one.
-
-Usage: python bench/bench_decode.py [--json] [--quick]
+On a GPU the peers are scaled_dot_product_attention and flash_attn_with_kvcache, without the n-softmax.
+On the CPU it is `aten::_scaled_dot_product_flash_attention_for_cpu` with `out * sigmoid(lse)`. With fewer KV
+heads than query heads it is timed twice, on the grouped cache, which it takes as it is, and on a cache
+expanded beforehand (the copy is not charged).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from harness import arguments, interleave, report
+from clock import Side
+from harness import Bench, Target, arguments, copy_share, faster_than, name_of
+from peers import flash_attn, sdpa
+from problems import Problem, gpu_problems
+from torch import Tensor
 
 import csp_ext
 
-BATCH, HEAD_DIM = 8, 128
-HEADS = ((32, 32), (28, 4))
-KEYS = (820, 4096)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+def formula(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return the same by its formula, in float32."""
+    batch, num_kv_heads, _, head_dim = key.shape
+    grouped = query.view(batch, num_kv_heads, -1, head_dim).float()
+    logits = torch.matmul(grouped, key.float().transpose(2, 3)) * head_dim**-0.5
+    weights = torch.softmax(logits, -1) * torch.sigmoid(torch.logsumexp(logits, -1, keepdim=True))
+    return torch.matmul(weights, value.float()).view(query.shape)
 
 
-def peer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def cpu_flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return torch's attention with the n-softmax correction for n = 1."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
     return out * torch.sigmoid(lse).to(out.dtype).unsqueeze(-1)
 
 
-def measure(dtype: torch.dtype, heads: int, kv_heads: int, keys: int, repeats: int) -> dict[str, object]:
-    """Time one shape, the peer and a plain read of the cache (a sum) in turn; return a row of the table."""
-    torch.manual_seed(0)
-    query = torch.randn(BATCH, heads, 1, HEAD_DIM).to(dtype)
-    key, value = (torch.randn(BATCH, kv_heads, keys, HEAD_DIM).to(dtype) for _ in range(2))
-    # the very memory of the cache: how fast a buffer reads changes from one allocation to the next
+def cpu_sides(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Side]:
+    """Return the CPU's peers, and a plain read of the very memory of the cache (a sum)."""
     plain = [cache.view(torch.float32) for cache in (key, value)]
-    sides: dict[str, Callable[[], object]] = {
-        "decode": lambda: csp_ext.decode(query, key, value),
-        "peer": lambda: peer(query, key, value),
-        "read": lambda: [x.sum() for x in plain],
+    sides: dict[str, Side] = {
+        "cpu flash": lambda: cpu_flash(query, key, value),
+        "plain read": lambda: [x.sum() for x in plain],
     }
-    if heads != kv_heads:
-        group = heads // kv_heads
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
         wide_key, wide_value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        sides["expanded"] = lambda: peer(query, wide_key, wide_value)
-    error = (csp_ext.decode(query, key, value)[0] - peer(query, key, value)).abs().max().item()
-    assert error < 1e-2, f"decode and its peer differ by {error}"
-
-    times = interleave(sides, repeats)
-    ours = times["decode"]
-    cache_bytes = 2 * key.numel() * key.element_size()
-    peers = [times[name].median for name in ("peer", "expanded") if name in times]
-    return {
-        "case": f"{str(dtype)[6:]} heads {heads}/{kv_heads} keys {keys}",
-        "ms": ours.median * 1e3,
-        "GB/s": cache_bytes / ours.median / 1e9,
-        "read GB/s": cache_bytes / times["read"].median / 1e9,
-        "share of read": times["read"].median / ours.median,
-        "share, best runs": times["read"].low / ours.low,
-        "peer ms": times["peer"].median * 1e3,
-        "expanded ms": times["expanded"].median * 1e3 if "expanded" in times else "-",
-        "times faster": min(peers) / ours.median,
-    }
+        sides["expanded"] = lambda: cpu_flash(query, wide_key, wide_value)
+    return sides
 
 
-def main() -> None:
-    """Print one row per dtype, head ratio and number of keys."""
-    options = arguments(__doc__)
-    quick = options.quick
-    rows = [
-        measure(dtype, heads, kv_heads, keys, 5 if quick else 21)
-        for dtype in DTYPES
-        for heads, kv_heads in HEADS
-        for keys in (KEYS[:1] if quick else KEYS)
-    ]
-    report(f"decode, batch {BATCH}, head_dim {HEAD_DIM}, one new query", rows, options.json)
+def gpu_sides(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Side]:
+    """Return the GPU's peers."""
+    flash = flash_attn(query, key, value) if query.is_cuda else None
+    return {"sdpa": sdpa(query, key, value), **({"flash-attn": flash} if flash else {})}
+
+
+def targets(problem: Problem) -> list[Target]:
+    """Return what the GPU is to reach."""
+    shares = {1: [copy_share(0.6)], 24: [copy_share(0.85)]}
+    mine = shares.get(problem.batch, []) if problem.model == "LLaVA-1.5-7B" else []
+    return [*mine, faster_than("sdpa"), faster_than("flash-attn")]
+
+
+def measure(bench: Bench, problem: Problem) -> None:
+    """Measure one new query over a full cache."""
+    query = problem.query(bench.device, queries=1)
+    key, value = (problem.cache(bench.device) for _ in range(2))
+    sides = gpu_sides if bench.for_gpu else cpu_sides
+    want = formula(query, key, value)
+    error = ((csp_ext.decode(query, key, value)[0].float() - want).norm() / want.norm()).item()
+    assert error < (1e-4 if problem.dtype == torch.float32 else 1e-2), f"decode is off by {error} of the norm"
+    plan = bench.plan(
+        "decode",
+        batch=problem.batch,
+        num_heads=problem.num_heads,
+        num_kv_heads=problem.num_kv_heads,
+        capacity=problem.keys,
+        head_dim=problem.head_dim,
+        dtype=name_of(problem.dtype),
+    )
+    bench.row(
+        f"{problem.model} {problem.num_heads}/{problem.num_kv_heads} B={problem.batch} C={problem.keys} "
+        f"{name_of(problem.dtype)}",
+        lambda: csp_ext.decode(query, key, value),
+        sides(query, key, value),
+        plan,
+        targets=targets(problem),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print one row per cache, pruned and whole."""
+    bench = Bench("decode, one new query", arguments(__doc__, argv))
+    if bench.for_gpu:
+        whole = bench.few(gpu_problems())
+        problems = [replace(p, keys=keys) for p in whole for keys in (p.budget, p.keys)]
+    else:
+        problems = bench.few(
+            [
+                Problem("heads", 8, heads, kv_heads, 1, keys, 128, dtype)
+                for dtype in (torch.float32, torch.bfloat16, torch.float16)
+                for heads, kv_heads in ((32, 32), (28, 4))
+                for keys in (820, 4096)
+            ]
+        )
+    for problem in problems:
+        measure(bench, problem)
+    bench.report()
 
 
 if __name__ == "__main__":

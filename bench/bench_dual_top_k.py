@@ -1,21 +1,15 @@
-"""dual_top_k against eager torch: two stable sorts (its tie rule), and two topk that leave ties to chance.
-
-    python bench/bench_dual_top_k.py [--json] [--quick]
-
-The bound is the time to read both score lists once at the read bandwidth measured here.
-"""
+"""dual_top_k against eager torch: two stable sorts (its tie rule), and two topk that leave ties to chance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
-from harness import arguments, interleave, read_bandwidth, report
+from harness import Bench, arguments
+from problems import Problem, cpu_problems, gpu_problems
 from torch import Tensor
 
 import csp_ext
-
-SHAPES = {"LLaVA-7B": ((1, 32, 4032), 378), "GQA": ((1, 4, 8128), 788), "one row": ((4032,), 378)}
 
 
 def by_sort(scores: Tensor, k: int) -> Tensor:
@@ -29,38 +23,32 @@ def by_topk(scores: Tensor, k: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(k, sorted=False).indices, True)
 
 
-def sides_of(own: Tensor, other: Tensor, k: int) -> dict[str, Callable[[], Tensor]]:
-    """Our side and both peers; they must agree, as these scores hold no ties at the cut."""
-    sides = {
-        "csp": lambda: csp_ext.dual_top_k(own, other, k, k),
-        "sort": lambda: by_sort(own, k) & by_sort(other, k),
-        "topk": lambda: by_topk(own, k) & by_topk(other, k),
-    }
-    if not torch.equal(sides["csp"](), sides["sort"]()):
+def measure(bench: Bench, problem: Problem) -> None:
+    """Measure one problem: candidates are all keys but the window; each list picks half of the budget."""
+    rows, keys = problem.batch * problem.num_kv_heads, problem.keys - problem.window
+    k = (problem.budget - problem.window) // 2
+    # log-normal, like column sums of softmax rows, without ties at the cut
+    own, other = torch.randn(2, rows, keys, device=bench.device).mul(1.5).exp()
+    if not torch.equal(csp_ext.dual_top_k(own, other, k, k), by_sort(own, k) & by_sort(other, k)):
         raise SystemExit("dual_top_k and its eager peer disagree")
-    return sides
+    bench.row(
+        f"{problem.model} B={problem.batch} [{rows}, {keys}] k={k}",
+        lambda: csp_ext.dual_top_k(own, other, k, k),
+        {
+            "eager sort": lambda: by_sort(own, k) & by_sort(other, k),
+            "eager topk": lambda: by_topk(own, k) & by_topk(other, k),
+        },
+        bench.plan("dual_top_k", rows=rows, keys=keys, k_self=k, k_cross=k),
+    )
 
 
-def main() -> None:
-    options = arguments(__doc__)
-    repeats = 3 if options.quick else 25
-    bandwidth = read_bandwidth()
-    torch.manual_seed(0)
-    rows: list[dict[str, object]] = []
-    for name, (shape, k) in SHAPES.items():
-        own, other = torch.randn(2, *shape).mul(1.5).exp()
-        times = {side: timing.median for side, timing in interleave(sides_of(own, other, k), repeats).items()}
-        rows.append(
-            {
-                "case": f"{name} {list(shape)} k={k}",
-                "csp ms": times["csp"] * 1e3,
-                "us / row": times["csp"] * 1e6 * shape[-1] / own.numel(),
-                "eager sort": times["sort"] / times["csp"],
-                "eager topk": times["topk"] / times["csp"],
-                "read bound ms": 2 * own.numel() * 4 / bandwidth * 1e3,
-            }
-        )
-    report("dual_top_k: eager time / csp time", rows, options.json)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    bench = Bench("dual_top_k", arguments(__doc__, argv))
+    problems = gpu_problems()[:-1] if bench.for_gpu else cpu_problems([torch.float32])
+    for problem in bench.few(problems):
+        measure(bench, problem)
+    bench.report()
 
 
 if __name__ == "__main__":

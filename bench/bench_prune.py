@@ -1,9 +1,17 @@
-"""prune against the same chain in eager torch: matmul, masked n-softmax, two sums, ranks, gather and cat."""
+"""prune against the same chain in eager torch, and against kvpress's SnapKV step where that is installed.
+
+Eager torch is matmul, masked n-softmax, two sums, ranks, gather and cat. SnapKV ranks by one score per key.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from harness import arguments, copy_bandwidth, flops, interleave, report
+from clock import Side
+from harness import Bench, Target, arguments, at_most, faster_than
+from peers import snapkv
+from problems import Problem, cpu_problems, gpu_problems
 from torch import Tensor
 
 import csp_ext
@@ -16,7 +24,7 @@ def eager_scores(query: Tensor, key: Tensor, modality: Tensor) -> tuple[Tensor, 
     grouped = query.reshape(batch, num_kv_heads, -1, head_dim)  # [B, Hkv, G * O, D]
     logits = torch.matmul(grouped * head_dim**-0.5, key.transpose(2, 3)).float()
     logits = logits.view(batch, num_kv_heads, -1, window, length)
-    position = torch.arange(length)
+    position = torch.arange(length, device=key.device)
     hidden = (modality < 0)[:, None] | (position > position[length - window :, None])  # [B, O, L]
     logits.masked_fill_(hidden[:, None, None], -torch.inf)
     lse = logits.logsumexp(-1, keepdim=True)
@@ -43,53 +51,44 @@ def eager_prune(
     )
 
 
-def row(
-    case: str, num_heads: int, num_kv_heads: int, length: int, dtype: torch.dtype, repeats: int
-) -> dict[str, object]:
+def targets(problem: Problem) -> list[Target]:
+    """Return what the GPU is to reach."""
+    if problem.model != "LLaVA-1.5-7B" or problem.batch != 1 or problem.window > 32:
+        return []
+    return [at_most(30), faster_than("eager", 15), faster_than("kvpress SnapKV", 10)]
+
+
+def measure(bench: Bench, problem: Problem) -> None:
     """Measure one problem."""
-    window, head_dim, budget = 64, 128, length // 5 + 1
-    query = torch.randn(1, num_heads, window, head_dim).to(dtype)
-    key, value = (torch.randn(1, num_kv_heads, length, head_dim).to(dtype) for _ in range(2))
-    # a photograph of 576 tokens, then some text, over and over
-    modality = (torch.arange(length) % 640 < 576).to(torch.int8)[None]
+    budget, window = problem.budget, problem.window
+    query, key = problem.query(bench.device), problem.cache(bench.device)
+    value, modality = problem.cache(bench.device), problem.modality(bench.device)
     scores = csp_ext.score(query, key, modality)
     indices, _ = csp_ext.select(*scores, modality, modality[:, -window:], budget=budget)
-    time = interleave(
-        {
-            "prune": lambda: csp_ext.prune(query, key, value, modality, budget=budget),
-            "eager": lambda: eager_prune(query, key, value, modality, budget),
+    peers: dict[str, Side] = {"eager": lambda: eager_prune(query, key, value, modality, budget)}
+    press = snapkv(query, key, value, budget) if bench.for_gpu else None
+    if press:
+        peers["kvpress SnapKV"] = press
+    bench.row(
+        f"{problem.case} O={window}",
+        lambda: csp_ext.prune(query, key, value, modality, budget=budget),
+        peers,
+        bench.plan("prune", **problem.shape(), budget=budget),
+        variants={
             "score": lambda: csp_ext.score(query, key, modality),
             "select": lambda: csp_ext.select(*scores, modality, modality[:, -window:], budget=budget),
             "compact": lambda: csp_ext.compact(key, value, indices),
         },
-        repeats,
+        targets=targets(problem),
     )
-    plan = csp_ext.plan(
-        "prune", batch=1, num_heads=num_heads, num_kv_heads=num_kv_heads, window=window, keys=length,
-        head_dim=head_dim, budget=budget, dtype=str(dtype)[6:], num_threads=torch.get_num_threads(),
-    )  # fmt: skip
-    moved = plan["bytes_read"] + plan["bytes_written"]
-    return {
-        "case": f"{case} {str(dtype)[6:]}",
-        "prune ms": time["prune"].median * 1e3,
-        "eager ms": time["eager"].median * 1e3,
-        "eager / ours": time["eager"].median / time["prune"].median,
-        **{f"{part} ms": time[part].median * 1e3 for part in ("score", "select", "compact")},
-        "bound ms": 1e3 * max(plan["flops"] / flops(), moved / copy_bandwidth()),
-        "workspace MiB": plan["workspace_bytes"] / 2**20,
-    }
 
 
-def main() -> None:
-    """Print the table; the bound is the larger of FLOPs at the matmul rate and bytes at the copy rate."""
-    options = arguments(__doc__)
-    repeats = 5 if options.quick else 15
-    rows = [
-        row(case, num_heads, num_kv_heads, length, dtype, repeats)
-        for case, num_heads, num_kv_heads, length in [("LLaVA-1.5-7B", 32, 32, 4096), ("GQA", 28, 4, 8192)]
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    report("prune, B=1, O=64, D=128, T=20 %", rows, options.json)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    bench = Bench("prune, T=20 %", arguments(__doc__, argv))
+    for problem in bench.few(gpu_problems((32, 410)) if bench.for_gpu else cpu_problems()):
+        measure(bench, problem)
+    bench.report()
 
 
 if __name__ == "__main__":

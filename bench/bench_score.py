@@ -1,20 +1,19 @@
-"""score against eager torch and the bare q.k product: python bench/bench_score.py [--json] [--quick]."""
+"""score against eager torch and the bare q.k product.
+
+Our side multiplies q.k twice (for the normaliser, then for the sums), with `lse` given once; GFLOP and the
+bound count it once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from harness import arguments, flops, interleave, report
+from harness import Bench, Target, arguments, at_most, copy_share, matrix_share, variant_share
+from problems import Problem, cpu_problems, gpu_problems
 from torch import Tensor
 
-import csp_ext
 from csp_ext import score
-
-# batch, query heads, KV heads, window O, keys L, head_dim
-SHAPES = {
-    "LLaVA-1.5-7B": (1, 32, 32, 64, 4096, 128),
-    "LLaVA-1.5-7B, O=8": (1, 32, 32, 8, 4096, 128),
-    "GQA 28/4 heads": (1, 28, 4, 64, 8192, 128),
-}
 
 
 def eager(query: Tensor, key: Tensor, modality: Tensor, n: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -23,7 +22,7 @@ def eager(query: Tensor, key: Tensor, modality: Tensor, n: float = 1.0) -> tuple
     num_kv_heads, length = key.shape[1:3]
     grouped = query.reshape(batch, num_kv_heads, -1, head_dim)
     logits = torch.matmul(grouped, key.transpose(-1, -2)).reshape(batch, num_heads, window, length)
-    position = torch.arange(length)
+    position = torch.arange(length, device=query.device)
     hidden = (position > position[-window:, None]) | (modality < 0)[:, None, None]
     logits = (logits.float() * head_dim**-0.5).masked_fill_(hidden, float("-inf"))
     top = logits.amax(-1, keepdim=True).clamp_(min=0)
@@ -36,68 +35,47 @@ def eager(query: Tensor, key: Tensor, modality: Tensor, n: float = 1.0) -> tuple
     return own.reshape(shape).mean(2), other.reshape(shape).mean(2)
 
 
-def compare(case: str, dtype: torch.dtype, repeats: int) -> dict[str, object]:
-    """Time one shape against both peers."""
-    batch, num_heads, num_kv_heads, window, length, head_dim = SHAPES[case]
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(batch, num_heads, window, head_dim, generator=generator).to(dtype)
-    key = torch.randn(batch, num_kv_heads, length, head_dim, generator=generator).to(dtype)
-    # One image of 576 tokens in each thousand, and half a window of it.
-    modality = (torch.arange(length) % 1000 < 576).to(torch.int8).expand(batch, -1).contiguous()
-    modality[:, -window // 2 :] = 0
-    modality[:, -window : -window // 2] = 1
-    lse = torch.full((batch, num_heads, window), 9.0)
-    grouped = query.reshape(batch, num_kv_heads, -1, head_dim)
-    product = torch.empty(batch, num_kv_heads, grouped.shape[2], length, dtype=dtype)
-    times = interleave(
+def targets(problem: Problem) -> list[Target]:
+    """Return what the GPU is to reach."""
+    if problem.window > 32:
+        return [matrix_share(0.5, passes=2), variant_share("lse given", 0.5)]
+    if problem.model != "LLaVA-1.5-7B":
+        return []
+    return [at_most(12) if problem.batch == 1 else copy_share(0.8)]
+
+
+def compare(bench: Bench, problem: Problem) -> None:
+    """Time one problem against both peers."""
+    query, key = problem.query(bench.device), problem.cache(bench.device)
+    modality = problem.modality(bench.device)
+    lse = torch.full(query.shape[:3], 9.0, device=bench.device)
+    grouped = query.reshape(problem.batch, problem.num_kv_heads, -1, problem.head_dim)
+    product = query.new_empty((*grouped.shape[:3], problem.keys))
+    if problem.batch == 1:
+        limit = 1e-4 if problem.dtype == torch.float32 else 1e-2
+        for got, want in zip(score(query, key, modality), eager(query, key, modality), strict=True):
+            error = ((got - want).norm() / want.norm()).item()
+            assert error < limit, f"score and eager torch differ by {error} of the norm"
+    bench.row(
+        f"{problem.case} O={problem.window}",
+        lambda: score(query, key, modality),
         {
-            "score": lambda: score(query, key, modality),
-            "lse": lambda: score(query, key, modality, lse=lse),
             "eager": lambda: eager(query, key, modality),
             "matmul": lambda: torch.matmul(grouped, key.transpose(-1, -2), out=product),
         },
-        repeats,
+        bench.plan("score", **problem.shape()),
+        variants={"lse given": lambda: score(query, key, modality, lse=lse)},
+        targets=targets(problem),
     )
-    for got, want in zip(score(query, key, modality), eager(query, key, modality), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3 if dtype == torch.float32 else 3e-2, atol=1e-4)
-    scratch = csp_ext.plan(
-        "score",
-        batch=batch,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        window=window,
-        keys=length,
-        head_dim=head_dim,
-        dtype=str(dtype).removeprefix("torch."),
-        num_threads=torch.get_num_threads(),
-    )["workspace_bytes"]
-    work = 2 * batch * num_heads * window * length * head_dim
-    mine = times["score"].median
-    return {
-        "case": case,
-        "dtype": str(dtype).removeprefix("torch."),
-        "score ms": mine * 1e3,
-        "eager/score": times["eager"].median / mine,
-        "score/matmul": mine / times["matmul"].median,
-        "with lse ms": times["lse"].median * 1e3,
-        "GFLOP/s": work / mine / 1e9,
-        "scratch MiB": scratch / 2**20,
-        "eager matrix MiB": batch * num_heads * window * length * 4 / 2**20,
-    }
 
 
-def main() -> None:
-    """Print one row per shape and dtype."""
-    options = arguments(__doc__)
-    quick = options.quick
-    bound = flops() / 1e9
-    rows = [
-        {**compare(case, dtype, 3 if quick else 15), "fp32 bound": bound}
-        for case in SHAPES
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if not (quick and dtype == torch.float16)
-    ]
-    report("score", rows, options.json)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print one row per problem."""
+    bench = Bench("score", arguments(__doc__, argv))
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    for problem in bench.few(gpu_problems((32, 410)) if bench.for_gpu else cpu_problems(floats, (64, 8))):
+        compare(bench, problem)
+    bench.report()
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from harness import arguments, interleave, read_bandwidth, report
+from harness import Bench, arguments, name_of
+from problems import Problem, cpu_problems, gpu_problems
 from torch import Tensor
 
 import csp_ext
 
 
 def eager(attn: Tensor, query_modality: Tensor, key_modality: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the same and the other modality as two matrix products of the weights with a mask."""
+    """Sum the weights of the same and of the other modality."""
     same = (query_modality[:, :, None] == key_modality[:, None])[:, None]
     return (
         torch.where(same, attn, 0).sum(2, dtype=torch.float32),
@@ -18,46 +21,40 @@ def eager(attn: Tensor, query_modality: Tensor, key_modality: Tensor) -> tuple[T
     )
 
 
-def row(
-    case: str, heads: int, window: int, length: int, dtype: torch.dtype, repeats: int
-) -> dict[str, object]:
+def measure(bench: Bench, problem: Problem) -> None:
     """Measure one problem."""
-    attn = torch.rand(1, heads, window, length).to(dtype)
-    keys = (torch.arange(length) % 640 < 576).to(torch.int8)[None]
-    queries = keys[:, -window:].contiguous()
-    time = interleave(
+    shape = (problem.batch, problem.num_heads, problem.window, problem.keys)
+    attn = torch.rand(shape, device=bench.device).to(problem.dtype)
+    keys = problem.modality(bench.device)
+    queries = keys[:, -problem.window :].contiguous()
+    bench.row(
+        f"{problem.case} O={problem.window}",
+        lambda: csp_ext.segmented_column_sum(attn, queries, keys),
         {
-            "ours": lambda: csp_ext.segmented_column_sum(attn, queries, keys),
             "eager": lambda: eager(attn, queries, keys),
-            "sum": lambda: attn.sum(2, dtype=torch.float32),
+            "one plain sum": lambda: attn.sum(2, dtype=torch.float32),
         },
-        repeats,
+        bench.plan(
+            "segmented_column_sum",
+            batch=problem.batch,
+            num_heads=problem.num_heads,
+            window=problem.window,
+            keys=problem.keys,
+            dtype=name_of(problem.dtype),
+        ),
     )
-    rate = attn.numel() * attn.element_size() / time["ours"].median
-    return {
-        "case": f"{case} {str(dtype)[6:]}",
-        "ours ms": time["ours"].median * 1e3,
-        "eager ms": time["eager"].median * 1e3,
-        "ratio": time["eager"].median / time["ours"].median,
-        "one plain sum ms": time["sum"].median * 1e3,
-        "GB/s": rate / 1e9,
-        "of the read bandwidth": rate / read_bandwidth(),
-    }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
-    options = arguments(__doc__)
-    repeats = 5 if options.quick else 21
-    rows = [
-        row(case, heads, window, length, dtype, repeats)
-        for case, heads, window, length in [
-            ("LLaVA-1.5-7B", 32, 64, 4096),
-            ("H2O, every query", 4, 2048, 2048),
-        ]
+    bench = Bench("segmented_column_sum", arguments(__doc__, argv))
+    whole = [  # what H2O sums: every query of the prompt
+        Problem("H2O, every query", 1, 4, 4, 2048, 2048, 128, dtype)
         for dtype in (torch.float32, torch.bfloat16)
     ]
-    report("segmented_column_sum, B=1", rows, options.json)
+    for problem in bench.few(gpu_problems((32, 410)) if bench.for_gpu else [*cpu_problems()[:2], *whole]):
+        measure(bench, problem)
+    bench.report()
 
 
 if __name__ == "__main__":

@@ -1,22 +1,18 @@
-"""select against eager torch: the same rule with all ties, and a plain argsort that leaves ties to chance.
-
-    python bench/bench_select.py [--json] [--quick]
-
-The bound is the time to read both score lists once at the read bandwidth measured here.
-"""
+"""select against eager torch: the same rule with all ties, and a plain argsort that leaves ties to chance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
-from harness import arguments, interleave, read_bandwidth, report
+from harness import Bench, Target, arguments, at_most
+from problems import Problem, cpu_problems, gpu_problems
 from torch import Tensor
 
 import csp_ext
 
 Scores = tuple[Tensor, Tensor]
-SHAPES = {"LLaVA-7B": (1, 32, 4096, 64, 820), "GQA": (1, 4, 8192, 64, 1640), "shared": (1, 1, 4096, 64, 820)}
+RULES = [(combine, pool) for combine in ("intersection", "union", "calibrated") for pool in ("none", "max")]
 
 
 def order_of(values: Tensor, tie: Tensor | None) -> Tensor:
@@ -38,10 +34,10 @@ def ranks_of(values: Tensor, valid: Tensor, tie: Tensor | None) -> Tensor:
 def eager(
     scores: Scores, modality: Tensor, queries: Tensor, *, budget: int, combine: str, pool: str, ties: bool
 ) -> Tensor:
-    """`select` of one unpadded row [1, H, L] at rho = 0.5 by torch's own ops; recent is the window."""
+    """`select` [B, H, T] at rho = 0.5 by torch's ops; rows share their modalities, recent is the window."""
     window, keys = queries.shape[1], modality.shape[1]
     count, k = keys - window, budget - window
-    own, other = (score[0, :, :count] for score in scores)
+    own, other = (score.flatten(0, 1)[:, :count] for score in scores)
     kinds = modality[0, :count]
     same = queries[0][:, None] == kinds[None, :]
     valid_self, valid_cross = same.any(0), (~same).any(0)
@@ -57,8 +53,8 @@ def eager(
         key_cross = ranks_of(other, valid_cross, tie).masked_fill(~valid_cross, missing)
         key = -(torch.minimum if combine == "union" else torch.maximum)(key_self, key_cross)
     chosen = order_of(key, tie)[:, :k] if ties else key.topk(k, dim=-1).indices
-    recent = torch.arange(count, keys).expand(own.shape[0], -1)
-    return torch.cat([chosen.sort(dim=-1).values, recent], dim=-1).int()[None]
+    recent = torch.arange(count, keys, device=modality.device).expand(own.shape[0], -1)
+    return torch.cat([chosen.sort(dim=-1).values, recent], dim=-1).int().view(*scores[0].shape[:2], -1)
 
 
 def max_pool(values: Tensor, kinds: Tensor, kernel: int = 7) -> Tensor:
@@ -70,56 +66,58 @@ def max_pool(values: Tensor, kinds: Tensor, kernel: int = 7) -> Tensor:
     return windows.masked_fill(runs != run[:, None], -torch.inf).amax(-1)
 
 
-def prompt(keys: int) -> Tensor:
-    """Modality [1, L] of a prompt with 576-token images between stretches of text."""
-    modality = torch.zeros(1, keys, dtype=torch.int8)
-    for start in range(35, keys - 700, 640):
-        modality[:, start : start + 576] = 1
-    return modality
+def targets(problem: Problem) -> list[Target]:
+    """Return what the GPU is to reach."""
+    if problem.model != "LLaVA-1.5-7B" or problem.batch == 8:
+        return []
+    return [at_most(8 if problem.batch == 1 else 15)]
 
 
-def sides_of(
-    scores: Scores, modality: Tensor, queries: Tensor, budget: int, combine: str, pool: str
-) -> dict[str, Callable[[], Tensor]]:
-    """Our side and both peers; the peer with ties must agree where rounding cannot flip a key."""
-    options = {"budget": budget, "combine": combine, "pool": pool}
-    sides = {
-        "csp": lambda: csp_ext.select(*scores, modality, queries, **options)[0],
-        "ties": lambda: eager(scores, modality, queries, **options, ties=True),
-        "no ties": lambda: eager(scores, modality, queries, **options, ties=False),
-    }
-    if combine != "calibrated" and not torch.equal(sides["csp"](), sides["ties"]()):
+def measure(bench: Bench, problem: Problem, combine: str, pool: str) -> None:
+    """Measure one problem by one rule."""
+    modality = problem.modality(bench.device)
+    queries = modality[:, -problem.window :].clone()  # of both kinds: both lists are valid everywhere
+    # log-normal, like column sums of softmax rows
+    shape = (2, problem.batch, problem.num_kv_heads, problem.keys)
+    own, other = torch.randn(shape, device=bench.device).mul(1.5).exp() / problem.keys
+    options = {"budget": problem.budget, "combine": combine, "pool": pool}
+
+    def ours() -> Tensor:
+        return csp_ext.select(own, other, modality, queries, **options)[0]
+
+    def peer(ties: bool) -> Tensor:
+        return eager((own, other), modality, queries, **options, ties=ties)
+
+    # calibrated keys are sums, whose rounding may flip a pair
+    if combine != "calibrated" and not torch.equal(ours(), peer(ties=True)):
         raise SystemExit(f"select and its eager peer disagree: {options}")
-    return sides
+    plan = bench.plan(
+        "select",
+        batch=problem.batch,
+        score_heads=problem.num_kv_heads,
+        keys=problem.keys,
+        window=problem.window,
+        budget=problem.budget,
+        pool=pool,
+        **({"combine": combine} if bench.device == "cuda" else {}),
+    )
+    bench.row(
+        f"{problem.model} B={problem.batch} {combine} pool={pool}",
+        ours,
+        {"eager, ties": lambda: peer(ties=True), "eager, no ties": lambda: peer(ties=False)},
+        plan,
+        targets=targets(problem),
+    )
 
 
-def main() -> None:
-    options = arguments(__doc__)
-    repeats = 3 if options.quick else 25
-    bandwidth = read_bandwidth()
-    torch.manual_seed(0)
-    rows: list[dict[str, object]] = []
-    for name, (batch, heads, keys, window, budget) in SHAPES.items():
-        modality = prompt(keys)
-        queries = modality[:, -window:].clone()
-        queries[:, : window // 2] = 1  # both lists are valid everywhere
-        # log-normal, like column sums of softmax rows
-        own, other = torch.randn(2, batch, heads, keys).mul(1.5).exp() / keys
-        for combine in ("intersection", "union", "calibrated"):
-            for pool in ("none", "max"):
-                sides = sides_of((own, other), modality, queries, budget, combine, pool)
-                times = {side: timing.median for side, timing in interleave(sides, repeats).items()}
-                rows.append(
-                    {
-                        "case": f"{name} H={heads} L={keys} T={budget} {combine} pool={pool}",
-                        "csp ms": times["csp"] * 1e3,
-                        "us / row": times["csp"] * 1e6 / (batch * heads),
-                        "eager, ties": times["ties"] / times["csp"],
-                        "eager, no ties": times["no ties"] / times["csp"],
-                        "read bound ms": 2 * own.numel() * 4 / bandwidth * 1e3,
-                    }
-                )
-    report("select: eager time / csp time", rows, options.json)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    bench = Bench("select, T=20 %", arguments(__doc__, argv))
+    problems = gpu_problems()[:-1] if bench.for_gpu else cpu_problems([torch.float32])
+    for problem in bench.few(problems):
+        for combine, pool in RULES:
+            measure(bench, problem, combine, pool)
+    bench.report()
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""Runs every benchmark, prints its table as Markdown and keeps the numbers in bench/results/<name>.json.
+"""Runs every benchmark, prints its table as Markdown and keeps the numbers and the tables in bench/results.
 
-python bench/run_all.py [--quick] [--name cpu-2026-11-21]
+python bench/run_all.py [--device cuda] [--quick] [--name cpu-2026-11-21]
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import track
+from harness import cell, columns, first_line, verdicts
 
 HERE = Path(__file__).parent
 
@@ -27,36 +29,94 @@ def cpu_model() -> str:
     return platform.processor()
 
 
+def commit() -> str:
+    """Return the commit that is measured; a copy without .git is told by the variable COMMIT."""
+    head = os.environ.get("COMMIT") or first_line("git", "rev-parse", "HEAD") or "unknown"
+    return head + (" (changed)" if first_line("git", "status", "--porcelain", "-uno") else "")
+
+
 def markdown(result: dict[str, Any]) -> str:
-    """Return one benchmark's rows as a Markdown table."""
-    columns = list(result["rows"][0])
-    lines = [f"### {result['title']}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in result["rows"]:
-        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    """Return one benchmark's rows as a Markdown table, its bounds above and its targets below."""
+    names = columns(result["rows"])
+    bounds = ", ".join(f"{name} {value:.3g}" for name, value in result["bounds"].items())
+    lines = [f"### {result['title']}", "", bounds, ""]
+    lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(cell(row.get(name, "-")) for name in names) + " |" for row in result["rows"]]
+    targets = verdicts(result["rows"])
+    return "\n".join([*lines, "", *(f"* {line}" for line in targets), *([""] if targets else [])])
+
+
+def run(script: Path, options: list[str], limit: float) -> dict[str, Any] | str:
+    """Return what a benchmark measured, or why it did not."""
+    command = [sys.executable, str(script), "--json", *options]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {limit:g} s"
+    if done.returncode:
+        return done.stderr.strip()[-2000:] or f"exit status {done.returncode}"
+    return dict(json.loads(done.stdout))
 
 
 def main(
-    name: Annotated[str, typer.Option(help="Of the file in bench/results.")] = "",
-    quick: Annotated[bool, typer.Option(help="Fewer shapes and repeats; nothing is kept.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    name: Annotated[str, typer.Option(help="Of the files in the results folder.")] = "",
+    folder: Annotated[Path, typer.Option(help="The results folder.")] = HERE / "results",
+    only: Annotated[str, typer.Option(help="Ops, with commas between them; default all.")] = "",
+    quick: Annotated[bool, typer.Option(help="Fewer problems and repeats; nothing is kept.")] = False,
+    tiny: Annotated[bool, typer.Option(help="The GPU's problems cut down; nothing is kept.")] = False,
+    limit: Annotated[float, typer.Option(help="Seconds that one benchmark may take.")] = 1800,
 ) -> None:
-    results = []
-    for script in track(sorted(HERE.glob("bench_*.py")), description="benchmarks"):
-        command = [sys.executable, str(script), "--json", *(["--quick"] if quick else [])]
-        results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        print(markdown(results[-1]))
-    if quick:
-        return
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
+    scripts = {script.stem.removeprefix("bench_"): script for script in sorted(HERE.glob("bench_*.py"))}
+    wanted = only.split(",") if only else list(scripts)
+    if unknown := set(wanted) - set(scripts):
+        raise typer.BadParameter(f"no such benchmark: {', '.join(sorted(unknown))}")
+    options = ["--device", device, *(["--quick"] if quick else []), *(["--tiny"] if tiny else [])]
+    results, failed, tables = [], {}, []
+    for op in wanted:
+        begin = time.monotonic()
+        result = run(scripts[op], options, limit)
+        print(f"{op}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+        if isinstance(result, str):
+            failed[op] = result
+            print(f"### {op} FAILED\n\n{result}\n", flush=True)
+            continue
+        results.append(result)
+        tables.append(markdown(result))
+        print(tables[-1], flush=True)
+    met = [line for result in results for line in verdicts(result["rows"])]
+    if met:
+        missed = sum("MISSED" in line for line in met)
+        open_ = sum("not measured" in line for line in met)
+        print(f"targets: {len(met) - missed - open_} met, {missed} missed, {open_} not measured")
+    if not (quick or tiny):
+        keep(folder, name, device, results, failed, tables)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def keep(
+    folder: Path,
+    name: str,
+    device: str,
+    results: list[dict[str, Any]],
+    failed: dict[str, str],
+    tables: list[str],
+) -> None:
+    """Write <name>.json and <name>.md."""
     day = datetime.date.today().isoformat()
-    kept = {"date": day, "commit": commit.stdout.strip(), "cpu": cpu_model(), "benchmarks": results}
-    target = HERE / "results" / f"{name or 'cpu-' + day}.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(kept, indent=1) + "\n")
-    print(f"kept in {target}")
+    about = {"date": day, "commit": commit(), "cpu": cpu_model(), "device": device}
+    gpu = results[0]["build"].get("gpu") if results else None
+    if gpu:
+        about |= {key: results[0]["build"][key] for key in ("gpu", "torch", "cuda", "driver")}
+    stem = name or f"{str(gpu or device).lower().replace(' ', '-')}-{day}"
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {**about, "benchmarks": results, **({"failed": failed} if failed else {})}
+    (folder / f"{stem}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    head = "\n".join(f"* {key}: {value}" for key, value in about.items())
+    lost = "".join(f"### {op} FAILED\n\n```\n{why}\n```\n" for op, why in failed.items())
+    (folder / f"{stem}.md").write_text(f"# {stem}\n\n{head}\n\n" + "\n".join(tables) + lost)
+    print(f"kept in {folder / stem}.json and .md")
 
 
 if __name__ == "__main__":
