@@ -331,9 +331,8 @@ TEST(Harness, CopyAsyncToTheEnd) {
 TEST(Harness, DivergentBarrier) {
   expect_violation(
       CSP_BROKEN(blocks_of(kThreads), divergent_barrier<true>, out),
-      {"divergent_barrier<true>: block (",
-       "thread 70 returns while block (|sync_block, but block (|reads byte |of static shared memory values",
-       "waits at sync_block at broken_kernels.cuh:|thread 70 has returned|without sync_|nobody has written"});
+      {"divergent_barrier<true>: block (", "thread 70 returns while block (|calls sync_block, but block (",
+       "waits at sync_block at broken_kernels.cuh:|thread 70 has returned"});
   expect_violation(
       CSP_BROKEN(blocks_of(kThreads), barrier_in_both_branches<true>, out),
       {"calls sync_block while block (", "waits at sync_block at broken_kernels.cuh:", "in the same warp"});
@@ -455,7 +454,7 @@ void throws(const void* in, void*) {
 
 TEST(Harness, GoesOnAfterAViolation) {
   LaunchShape shape = blocks_of(64);
-  for (uint64_t s = 0; s < 200; ++s) {
+  for (uint64_t s = 0; s < 50; ++s) {
     seed(s);
     EXPECT_TRUE(contains(violation_of(CSP_BROKEN(shape, fails_in_the_middle, out)),
                          "writes 4 bytes at byte -4 of out|of out, which block ("));
