@@ -172,7 +172,7 @@ struct Engine {
   uint32_t launches = 0;
   uint64_t time = 2;  // 0: nobody wrote; 1: written before any kernel
   bool checks = true;
-  const char* kernel = nullptr;
+  std::string kernel;
   LaunchShape shape;
   CudaDevice device;
   Thread* running = nullptr;
@@ -270,11 +270,10 @@ void refuse_if_stuck(const std::vector<Block>& blocks) {
       if (thread.done) continue;
       if (first == nullptr) first = &thread;
       if (std::strcmp(first->waits_at, thread.waits_at) == 0) continue;
-      throw Violation(std::string(engine.kernel) + ": " + waiting(*first) + " for ever, while " +
-                      waiting(thread));
+      throw Violation(engine.kernel + ": " + waiting(*first) + " for ever, while " + waiting(thread));
     }
   }
-  if (first != nullptr) throw Violation(std::string(engine.kernel) + ": " + waiting(*first) + " for ever");
+  if (first != nullptr) throw Violation(engine.kernel + ": " + waiting(*first) + " for ever");
 }
 
 void noise(std::byte* data, size_t bytes, Random& random) {
@@ -416,6 +415,9 @@ void Allocation::require(bool shared, const char* what, const Site& site) const 
 
 size_t Allocation::offset_of(const char* what, const void* p, size_t size, size_t alignment,
                              const Site& site) const {
+  if (shadow_ == nullptr) {
+    violation(std::string(what) + " " + std::to_string(size) + " bytes of " + name_, site);
+  }
   const auto offset = static_cast<const std::byte*>(p) - data_;
   if (offset < 0 || static_cast<size_t>(offset) + size > bytes_) {
     violation(std::string(what) + " " + std::to_string(size) + " bytes at byte " + std::to_string(offset) +
@@ -430,14 +432,24 @@ size_t Allocation::offset_of(const char* what, const void* p, size_t size, size_
   return static_cast<size_t>(offset);
 }
 
+namespace {
+
+// A read that the running thread's access is not ordered after.
+Stamp other_reader(const Granule& granule, uint64_t forgotten) {
+  const Stamp before = granule.read_before;
+  return present.made(granule.read) && present.with(before, forgotten) ? before : granule.read;
+}
+
+}  // namespace
+
 void Allocation::race(const char* mine, const char* theirs, size_t offset, Stamp other, Crowd crowd,
                       const Site& site) const {
   std::string who;
-  const bool me = crowd != kInGrid && other.who() == present.who;  // it was not alone
+  const bool me = present.made(other);  // it was not alone
   if (me) {
     who = crowd == kInWarp    ? "another thread of the warp"
           : crowd == kInBlock ? "another thread of the block"
-                              : "another block of the cluster";
+                              : "another block";
   } else {
     const auto after =
         std::upper_bound(engine.clusters.begin(), engine.clusters.end(), other.time(),
@@ -447,13 +459,12 @@ void Allocation::race(const char* mine, const char* theirs, size_t offset, Stamp
     who = (crowd >= kInCluster ? words_of(x + block, y, z) + " " : "") + "thread " +
           std::to_string(other.thread());
   }
-  const std::string where = words_of(sites[other.site()]);
-  const char* const barrier = crowd == kInWarp      ? "sync_warp"
-                              : crowd == kInBlock   ? "sync_block"
-                              : crowd == kInCluster ? "sync_cluster"
-                                                    : "anything";
+  const char* const lacking = crowd == kInWarp      ? " without sync_warp between them"
+                              : crowd == kInBlock   ? " without sync_block between them"
+                              : crowd == kInCluster ? " without sync_cluster between them"
+                                                    : ", and nothing orders these blocks";
   violation(std::string(mine) + " byte " + std::to_string(offset) + " of " + name_ + ", which " + who + " " +
-                theirs + (me ? "" : where) + " without " + barrier + " between them",
+                theirs + (me ? "" : words_of(sites[other.site()])) + lacking,
             site);
 }
 
@@ -492,9 +503,10 @@ void Allocation::read(const void* from, size_t size, size_t alignment, const Sit
                       words_of(sites[granule.write.site()]),
                   site);
       }
+      const Crowd crowd = present.with(granule.read, forgotten);
       const bool marked = granule.read.marked() && granule.read.time() >= present.launch_began;
-      granule.read = {now.bits | present.with(granule.read, forgotten) << Stamp::kWhoBits |
-                      (marked ? Stamp::kMark : 0)};
+      if (!present.made(granule.read)) granule.read_before = granule.read;
+      granule.read = {now.bits | crowd << Stamp::kWhoBits | (marked ? Stamp::kMark : 0)};
     }
   }
 }
@@ -520,7 +532,7 @@ void Allocation::overwrite(const char* what, const void* to, size_t size, size_t
         race(what, "atomically updated", byte(), granule.atomic, crowd, site);
       }
       if (const Crowd crowd = present.with(granule.read, forgotten)) {
-        race(what, "read", byte(), granule.read, crowd, site);
+        race(what, "read", byte(), other_reader(granule, forgotten), crowd, site);
       }
       if (granule.read.marked() && granule.read.time() >= present.launch_began) {
         violation(std::string(what) + " byte " + std::to_string(byte()) + " of " + name_ +
@@ -528,7 +540,7 @@ void Allocation::overwrite(const char* what, const void* to, size_t size, size_t
                       words_of(sites[granule.read.site()]),
                   site);
       }
-      granule = {now, {}, {}};
+      granule = {now, {}, {}, {}};
     }
   }
 }
@@ -544,7 +556,7 @@ void Allocation::begin_copy(const void* to, const Site& site) {
 void Allocation::end_copy(const void* to, const Site& site) {
   if (!engine.checks) return;
   const auto offset = static_cast<size_t>(static_cast<const std::byte*>(to) - data_);
-  for (Granule& granule : shadow_->at(begin_ + offset, 16)) granule = {present.stamp(site), {}, {}};
+  for (Granule& granule : shadow_->at(begin_ + offset, 16)) granule = {present.stamp(site), {}, {}, {}};
 }
 
 void Allocation::atomic(const void* to, size_t size, const Site& site) {
@@ -566,7 +578,7 @@ void Allocation::atomic(const void* to, size_t size, const Site& site) {
       race("atomically updates", "wrote", byte(), granule.write, crowd, site);
     }
     if (const Crowd crowd = present.with(granule.read, forgotten)) {
-      race("atomically updates", "read", byte(), granule.read, crowd, site);
+      race("atomically updates", "read", byte(), other_reader(granule, forgotten), crowd, site);
     }
     granule.atomic = {present.stamp(site).bits | present.with(granule.atomic, forgotten) << Stamp::kWhoBits};
   }
@@ -603,8 +615,8 @@ Allocation* allocation_at(const void* p) {
 
 void violation(const std::string& what, const Site& site) {
   const std::string who = engine.running == nullptr ? "the host" : words_of(*engine.running);
-  throw Violation(std::string(engine.kernel == nullptr ? "no kernel" : engine.kernel) + ": " + who +
-                  words_of(site) + " " + what + " [seed " + std::to_string(engine.seed) + "]");
+  throw Violation((engine.kernel.empty() ? "no kernel" : engine.kernel) + ": " + who + words_of(site) + " " +
+                  what + " [seed " + std::to_string(engine.seed) + "]");
 }
 
 void require_capability(int capability, const char* what, const Site& site) {
@@ -740,9 +752,10 @@ CudaStatus run(const CudaContext& context, const LaunchShape& shape, const char*
                     " threads are not whole warps");
   }
   struct End {
-    ~End() { engine.kernel = nullptr; }
+    ~End() { engine.kernel.clear(); }
   } end;
   engine.kernel = name;
+  if (engine.kernel.front() == '(') engine.kernel = engine.kernel.substr(1, engine.kernel.size() - 2);
   engine.shape = shape;
   engine.device = context.device;
   ++engine.launches;

@@ -65,20 +65,21 @@ class Reference {
   {
     return {allocation_, address_, site_};
   }
-  void operator=(const Value& value) && { write(value); }
-  void operator=(Reference&& other) && { write(other.read()); }
-  void operator+=(const Value& value) && { write(read() + value); }
-  void operator-=(const Value& value) && { write(read() - value); }
-  void operator|=(const Value& value) && { write(read() | value); }
+  Reference operator=(const Value& value) && { return write(value); }
+  Reference operator=(Reference&& other) && { return write(other.read()); }
+  Reference operator+=(const Value& value) && { return write(read() + value); }
+  Reference operator-=(const Value& value) && { return write(read() - value); }
+  Reference operator|=(const Value& value) && { return write(read() | value); }
 
  private:
   Value read() const {
     allocation_->read(address_, sizeof(T), alignof(T), site_);
     return *address_;
   }
-  void write(const Value& value) const {
+  Reference write(const Value& value) const {
     allocation_->write(address_, sizeof(T), alignof(T), site_);
     *address_ = value;
+    return *this;
   }
 
   Allocation* allocation_;

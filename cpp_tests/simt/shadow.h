@@ -51,6 +51,8 @@ struct Present {
     return {who | number_of(site) << Stamp::kSiteAt | time << Stamp::kTimeAt};
   }
 
+  bool made(Stamp earlier) const { return earlier.who() == who && earlier.time() >= cluster_began; }
+
   // kAlone if all accesses behind `earlier` are this thread's own or before a barrier that it has passed.
   // Clusters run one after the other, so the time tells whether `earlier` is of this one. What happened
   // before `forgotten` does not count.
@@ -77,6 +79,7 @@ struct Granule {
   Stamp write;  // the last one; a byte that nobody wrote has time 0
   Stamp read;
   Stamp atomic;
+  Stamp read_before;  // the latest read of another thread than that one, only to name it
 };
 
 // The granules of a range of bytes, made when they are first touched, and as fine as the finest access.
@@ -111,7 +114,7 @@ class Shadow {
     const size_t count = kChunkBytes >> shift;
     auto finer = std::make_unique<Granule[]>(count);
     for (size_t i = 0; i < count; ++i) {
-      finer[i] = chunk.granules ? chunk.granules[i >> (chunk.shift - shift)] : Granule{initial_, {}, {}};
+      finer[i] = chunk.granules ? chunk.granules[i >> (chunk.shift - shift)] : Granule{initial_, {}, {}, {}};
     }
     chunk.granules = std::move(finer);
     chunk.shift = shift;
