@@ -190,8 +190,8 @@ TEST_P(DecodeCuda, SlotsOutsideTheRangeNeverLeak) {
   constexpr int32_t kMin = std::numeric_limits<int32_t>::min(), kMax = std::numeric_limits<int32_t>::max();
   uint32_t seed = 300;
   for (const CudaDevice& device : devices()) {
-    for (const int32_t end : {kMin, 0, 2, 64, 100, 290, kMax}) {
-      check({2, 2, 2, 3, 290, 32, 1.0, end, {0, 33, 64, 288}}, device, dtype(), ++seed);
+    for (const int32_t end : {kMin, 0, 2, 64, 100, 150, kMax}) {
+      check({2, 2, 2, 3, 150, 32, 1.0, end, {0, 33, 64, 148}}, device, dtype(), ++seed);
       check({2, 1, 1, 1, 70, 32, 1.0, end, {-5, 69}}, device, dtype(), ++seed);
       check({3, 1, 1, 2, 70, 24, 1.0, end, {kMin, kMax, 63}}, device, dtype(), ++seed);
     }

@@ -74,7 +74,7 @@ CSP_DEVICE int64_t first_unit(int64_t units, int split, int splits) {
 // ---- merging ----
 
 // The softmax of some slots for one row, and one column of its product with the values: both relative to
-// 2^top. Where nothing was seen top is -inf and the rest is not read; NaN shows in top as well.
+// 2^top. Where nothing was seen top is -inf, the sum is 0 and out is not read. A NaN logit shows in the sum.
 struct DecodePart {
   float top;
   float sum;
@@ -103,7 +103,7 @@ CSP_DEVICE DecodePart merge_parts(Pointer tops, Pointer sums, Pointer out, int64
     }
   }
   sum = reduce_warp(sum, Add());
-  return {sum == sum ? top : sum, sum, total};
+  return {top, sum, total};
 }
 
 // softmax * sigmoid(lse - log n) in one division; n 2^-shift as 2^(log2 n - shift), else a tiny n is 0 * inf.
@@ -151,7 +151,7 @@ CSP_DEVICE void finish_block(const DecodeArguments& a, const DecodeBlock& at, Sh
       global<float>(a.tops)[to] = part.top;
       global<float>(a.sums)[to] = part.sum;
     }
-    if (column < head_dim && part.sum != 0) global<float>(a.outs)[to * head_dim + column] = part.out;
+    if (column < head_dim && part.top != -INFINITY) global<float>(a.outs)[to * head_dim + column] = part.out;
   }
   if (!a.clustered) return;
   sync_cluster();

@@ -41,7 +41,7 @@ CSP_DEVICE float transposed_sum(float (&x)[kCount]) {
 }
 
 template <typename T, int kVec, int kColumns, int kRows>
-CSP_KERNEL(kDecodeThreads, kVec > 1 ? 3 : 2)
+CSP_KERNEL(kDecodeThreads, kVec > 1 && kColumns == 4 ? 3 : 2)
 void decode_fma_kernel(const DecodeArguments a) {
   constexpr int kSlots = 32 / kColumns, kPieces = kColumns / kVec;  // 8 KiB of float32 at a time
   CSP_SHARED(float, tops, kRows* kDecodeWarps);
@@ -130,7 +130,7 @@ void decode_fma_kernel(const DecodeArguments a) {
     CSP_UNROLL
     for (int mask = 16; mask >= kColumns; mask /= 2) total += shuffle_xor(total, mask);
     if (lane() == 0) {
-      tops[r * kDecodeWarps + warp()] = total == total ? top[r] : total;
+      tops[r * kDecodeWarps + warp()] = top[r];
       sums[r * kDecodeWarps + warp()] = total;
     }
     CSP_UNROLL

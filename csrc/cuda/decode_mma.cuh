@@ -282,7 +282,7 @@ void decode_mma_kernel(const DecodeArguments a) {
     sum += shuffle_xor(sum, 1);
     sum += shuffle_xor(sum, 2);
     if (lane() % 4 == 0) {
-      tops[(row + 8 * i) * kDecodeWarps + warp()] = sum == sum ? rows.top[i] : sum;
+      tops[(row + 8 * i) * kDecodeWarps + warp()] = rows.top[i];
       sums[(row + 8 * i) * kDecodeWarps + warp()] = sum * Cut::kUnit;
     }
     if (worked && row + 8 * i < at.rows) {
