@@ -18,6 +18,7 @@
     return &key;                                                 \
   }())
 #define CSP_UNROLL
+#define CSP_NO_UNROLL
 
 namespace csp::simt {
 

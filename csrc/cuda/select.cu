@@ -7,7 +7,7 @@ namespace {
 
 template <bool kRanks>
 CudaStatus launch_rows(const SelectParams& p, const SelectPlan& plan, const CudaContext& context) {
-  const auto kernel = !plan.in_shared             ? select_row_kernel<1024, false, kRanks>
+  const auto kernel = !plan.in_shared             ? select_row_kernel<512, false, kRanks>
                       : plan.shape.threads == 512 ? select_row_kernel<512, true, kRanks>
                                                   : select_row_kernel<1024, true, kRanks>;
   return launch(context, plan.shape, "select_row_kernel", kernel, p, plan, context.workspace);

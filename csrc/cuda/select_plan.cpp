@@ -19,7 +19,7 @@ bool plan_blocks(const SelectParams& p, const CudaDevice& device, SelectPlan& pl
   plan.in_shared = always + row_bytes <= device.shared_bytes;
   plan.shape.shared_bytes = always - kStaticShared + (plan.in_shared ? row_bytes : 0);
   // Few or long rows: more threads for each. Many: more rows at a time.
-  const bool wide = rows <= device.multiprocessors || p.keys > 8192 || !plan.in_shared;
+  const bool wide = plan.in_shared && (rows <= device.multiprocessors || p.keys > 8192);
   plan.shape.threads = wide ? 1024 : 512;
   const int64_t most = plan.in_shared ? int64_t{1} << 20 : 2 * device.multiprocessors;
   plan.shape.x = rows < most ? rows : most;
