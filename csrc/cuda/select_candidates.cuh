@@ -3,8 +3,22 @@
 #include "csp/select.h"
 #include "rank.cuh"
 
-// What select ranks: in which lists a candidate stands, and its pooled scores.
+// What select ranks: how many candidates a row has, in which lists a candidate stands, and its pooled scores.
 namespace csp::simt {
+
+// ---- how many ----
+
+struct RowSize {
+  int64_t candidates;  // the real keys before the recent ones; 0 where the row is kept whole
+  int64_t slots;       // for candidates
+};
+
+CSP_DEVICE RowSize size_of_row(const SelectParams& p, int64_t real) {
+  if (real < p.budget || (real == p.budget && p.k_self < 0)) return {0, 0};
+  const int64_t candidates = real - (real < p.recent ? real : p.recent);
+  const int64_t room = p.budget - p.recent;
+  return {candidates, room < candidates ? room : candidates};
+}
 
 // ---- validity ----
 

@@ -494,12 +494,9 @@ void select_row_kernel(SelectParams p, SelectPlan plan, void* workspace) {
     }
     uint32_t real_keys = 0;
     const uint32_t real_before = scan_warps<kWarps>(real_here, scratch, real_keys);
-    const int real = static_cast<int>(real_keys);
-    const bool fits = real < p.budget || (real == p.budget && !literal);
-    const int recent = static_cast<int>(fits || real < p.recent ? real : p.recent);
-    row.count = real - recent;
-    const auto slots =
-        static_cast<uint32_t>(p.budget - p.recent < row.count ? p.budget - p.recent : row.count);
+    const RowSize size = size_of_row(p, real_keys);
+    const auto slots = static_cast<uint32_t>(size.slots);
+    row.count = static_cast<int>(size.candidates);
 
     Cut cut{0, kAbsent, kAbsent}, cut_cross{0, kAbsent, kAbsent};
     if (slots > 0) {
