@@ -20,6 +20,7 @@
       }(),                                                   \
       #name)
 #define CSP_UNROLL
+#define CSP_NO_UNROLL
 
 namespace csp::simt {
 

@@ -10,6 +10,11 @@ using namespace simt;
 
 constexpr int kThreads = kDualTopKThreads;
 
+// An element is among the best k when (key, place) is not behind the cut's.
+struct Cut {
+  uint32_t key, place;
+};
+
 // One list of a row, read kWidth keys at a time.
 template <typename T, int kWidth>
 struct List {
@@ -50,7 +55,7 @@ struct List {
   CSP_DEVICE uint32_t place(uint32_t key) const { return keys - 1 - key; }
 
   CSP_DEVICE Cut best(uint32_t want, const Selector<kThreads>& selector) const {
-    Cut cut{0, 0, ~uint32_t{0}};
+    Cut cut{0, ~uint32_t{0}};
     if (want == 0) return cut;
     cut.key = selector.bound(want, 32, [&](auto use) {
       each_group([&](uint32_t, const Vec<uint32_t, kWidth>& ordered) {

@@ -78,6 +78,7 @@ struct Selector {
   CSP_DEVICE uint32_t bound(uint32_t& want, int bits, Each each) const {
     const Shared<uint32_t> found = scratch + kWarps;
     uint32_t prefix = 0;
+    CSP_NO_UNROLL
     for (int top = bits; top > 0 && want > 0;) {
       const int shift = top > kDigitBits ? top - kDigitBits : 0;
       const uint32_t above = top < 32 ? ~uint32_t{0} << top : 0;
@@ -121,11 +122,6 @@ struct Selector {
     }
     return prefix;
   }
-};
-
-// What the best k of a row share: an element is one of them when (key, tie, place) is not behind the cut's.
-struct Cut {
-  uint32_t key, tie, place;
 };
 
 }  // namespace csp::simt

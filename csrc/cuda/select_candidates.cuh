@@ -3,8 +3,22 @@
 #include "csp/select.h"
 #include "rank.cuh"
 
-// What select ranks: in which lists a candidate stands, and its pooled scores.
+// What select ranks: how many candidates a row has, in which lists a candidate stands, and its pooled scores.
 namespace csp::simt {
+
+// ---- how many ----
+
+struct RowSize {
+  int64_t candidates;  // the real keys before the recent ones; 0 where the row is kept whole
+  int64_t slots;       // for candidates
+};
+
+CSP_DEVICE RowSize size_of_row(const SelectParams& p, int64_t real) {
+  if (real < p.budget || (real == p.budget && p.k_self < 0)) return {0, 0};
+  const int64_t candidates = real - (real < p.recent ? real : p.recent);
+  const int64_t room = p.budget - p.recent;
+  return {candidates, room < candidates ? room : candidates};
+}
 
 // ---- validity ----
 
@@ -30,6 +44,7 @@ CSP_DEVICE void find_observers(const SelectParams& p, int64_t batch, Shared<int3
   const Global<const int8_t> queries = global<int8_t>(p.query_modality) + batch * p.window;
   for (int m = thread(); m < kModalities; m += block_threads()) words[m] = -1;
   sync_block();
+  CSP_NO_UNROLL
   for (int64_t i = thread(); i < p.window; i += block_threads()) {
     const int m = int8_t(queries[i]);
     if (m >= 0) atomic_max(words + m, static_cast<int32_t>(p.causal ? p.keys - p.window + i : p.keys));
@@ -70,21 +85,23 @@ struct Pooled {
       value += score;
     }
   }
-  CSP_DEVICE float over(int64_t size) const {
+  CSP_DEVICE float over(int size) const {
     return kPool == Pool::kMax ? value : value / static_cast<float>(size);
   }
 };
 
 // The candidates within `half` steps of c that stand in c's run of one modality.
 struct PoolWindow {
-  int64_t begin, end;
+  int begin, end;
 };
 
 template <typename Modality>
-CSP_DEVICE PoolWindow pool_window(int64_t c, int64_t count, int64_t half, Modality modality) {
+CSP_DEVICE PoolWindow pool_window(int c, int count, int half, Modality modality) {
   const int own = modality(c);
   PoolWindow window{c, c + 1};
+  CSP_NO_UNROLL
   while (window.begin > 0 && c - window.begin < half && modality(window.begin - 1) == own) --window.begin;
+  CSP_NO_UNROLL
   while (window.end < count && window.end - c <= half && modality(window.end) == own) ++window.end;
   return window;
 }
@@ -92,7 +109,8 @@ CSP_DEVICE PoolWindow pool_window(int64_t c, int64_t count, int64_t half, Modali
 template <Pool kPool, typename Score>
 CSP_DEVICE float pool_over(const PoolWindow& window, Score score) {
   Pooled<kPool> pooled;
-  for (int64_t i = window.begin; i < window.end; ++i) pooled.add(score(i));
+  CSP_NO_UNROLL
+  for (int i = window.begin; i < window.end; ++i) pooled.add(score(i));
   return pooled.over(window.end - window.begin);
 }
 

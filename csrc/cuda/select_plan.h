@@ -42,12 +42,31 @@ constexpr int64_t select_bins(int64_t keys, bool ranks) {
 
 // ---- the large path: many blocks per row, stable radix sorts in global memory ----
 
+constexpr int32_t kSortThreads = 256;
 constexpr int64_t kSortTile = 4096;  // elements of a block
-constexpr int64_t kSortDigits = 256;
+constexpr int32_t kSortBits = 8;     // of a pass
+constexpr int64_t kOutlineWords = 136;
+
+// Offsets into the workspace, in bytes.
+struct SortLayout {
+  int64_t outlines = 0;    // [batch, kOutlineWords]
+  int64_t positions = 0;   // [batch, L], of the real keys
+  int64_t tie = 0;         // [rows, L]
+  int64_t keys = 0;        // [2, rows, L]: self and cross
+  int64_t tie_order = 0;   // [rows, L]
+  int64_t orders[2] = {};  // [lists, rows, L] each
+  int64_t counts = 0;      // [lists, rows, digits, tiles]
+  int64_t sums = 0;        // [rows, tiles, 2] doubles
+  int64_t bytes = 0;
+};
+
+// ---- both ----
 
 struct SelectPlan {
   SelectRule rule = SelectRule::kCalibrated;
   bool by_block = true;
+  int64_t launches = 0;
+  int64_t workspace_bytes = 0;
 
   // The small path.
   LaunchShape shape;
@@ -56,14 +75,12 @@ struct SelectPlan {
   int64_t bins = 0;       // words of shared memory
   int64_t row_bytes = 0;  // of the workspace, per block
 
-  // The large path works on `rows` rows at a time; offsets into the workspace in bytes.
-  int64_t rows = 0;
-  int64_t tiles = 0;  // of a row
-  int64_t outline = 0, positions = 0, tie = 0, keys = 0, tie_order = 0, orders = 0, counts = 0, sums = 0;
-  int32_t key_bits = 32;  // of the final keys
-
-  int64_t launches = 0;
-  int64_t workspace_bytes = 0;
+  // The large path.
+  int64_t rows = 0;          // sorted at a time
+  int64_t tiles = 0;         // of a row
+  int64_t lists = 0;         // sorted at a time
+  int32_t final_passes = 0;  // of the sort by the final keys
+  SortLayout layout;
 };
 
 SelectPlan make_select_plan(const SelectParams& params, const CudaDevice& device,

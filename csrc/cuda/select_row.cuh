@@ -9,9 +9,12 @@ namespace {
 
 using namespace simt;
 
-constexpr int kStrips = 8;       // of 32 keys that a warp has in flight
+constexpr int kStrips = 4;       // of 32 keys that a warp has in flight
 constexpr int kNear = 4;         // steps up to which pooling takes its neighbours in whole vectors
 constexpr uint32_t kCrowd = 32;  // more members of a bin than this are not compared one by one
+
+// What spare2 says of a candidate while it is pooled.
+constexpr int kModalityMask = 127, kInSelf = 128, kInCross = 256;
 
 // ---- reading ----
 
@@ -35,6 +38,11 @@ CSP_DEVICE void load_strips(DType dtype, const void* scores, int64_t offset, int
     load_strips<BFloat16>(scores, offset, begin, end, out);
   }
 }
+
+// An element is among the best k when (key, tie, place) is not behind the cut's.
+struct Cut {
+  uint32_t key, tie, place;
+};
 
 // What a thread, and then the block, finds among the listed scores.
 struct Totals {
@@ -63,7 +71,18 @@ struct Row {
 
   template <typename Use>
   CSP_DEVICE void each_group(Use use) const {
+    CSP_NO_UNROLL
     for (int first = 4 * thread(); first < count; first += 4 * kThreads) use(first);
+  }
+  template <typename Use>
+  CSP_DEVICE void each_listed(Shared<uint32_t> list, Use use) const {
+    each_group([&](int first) {
+      const Four keys = load_vec<4>(list + first);
+      CSP_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        if (keys[e] != kAbsent) use(first + e, keys[e]);
+      }
+    });
   }
   // Of two equal candidates the later comes first.
   CSP_DEVICE uint32_t place(int c) const { return static_cast<uint32_t>(count - 1 - c); }
@@ -99,103 +118,99 @@ struct Row {
     if (p.pool != Pool::kNone) spare2[c] = 0;
   }
 
-  // ---- pooling: spare0 and spare1 hold the scores, spare2 modality + 128 in self + 256 in cross ----
+  // ---- pooling: spare0 and spare1 hold the scores, spare2 modality | kInSelf | kInCross ----
 
   template <Pool kPool>
   CSP_DEVICE void pool_group(int first, Totals& totals) const {
-    const int64_t half = p.pool_kernel / 2;
-    float own[4] = {}, other[4] = {};
-    const Vec<uint16_t, 4> marks = load_vec<4>(spare2 + first);
-    bool near = half <= kNear && first >= kNear && first + 4 + kNear <= count;
-    if (near) {
-      const Vec<uint16_t, 4> left = load_vec<4>(spare2 + first - 4), right = load_vec<4>(spare2 + first + 4);
+    const int half = static_cast<int>(p.pool_kernel < p.keys ? p.pool_kernel / 2 : p.keys);
+    if (half <= kNear && first >= kNear && first + 4 + kNear <= count && one_run(first)) {
+      Pooled<kPool> own[4], other[4];
+      const Vec<float, 4> mine = pool_near(as<float>(spare0) + first, half, own);
+      const Vec<float, 4> theirs = pool_near(as<float>(spare1) + first, half, other);
+      const Vec<uint16_t, 4> marks = load_vec<4>(spare2 + first);
+      Four keys_self, keys_cross, ties;
       CSP_UNROLL
       for (int e = 0; e < 4; ++e) {
-        near &= ((left[e] ^ marks[0]) & 127) == 0 && ((marks[e] ^ marks[0]) & 127) == 0 &&
-                ((right[e] ^ marks[0]) & 127) == 0;
+        keys_self[e] = enter_self(own[e].over(2 * half + 1), (marks[e] & kInSelf) != 0, totals);
+        keys_cross[e] = enter_cross(other[e].over(2 * half + 1), (marks[e] & kInCross) != 0, totals);
+        ties[e] = descending(mine[e] + theirs[e]);
       }
+      store_vec(self + first, keys_self);
+      store_vec(cross + first, keys_cross);
+      store_vec(tie + first, ties);
+      return;
     }
-    if (near) {
-      pool_near<kPool>(as<float>(spare0) + first, static_cast<int>(half), own);
-      pool_near<kPool>(as<float>(spare1) + first, static_cast<int>(half), other);
-    } else {
-      CSP_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int c = first + e;
-        if (c >= count) continue;
-        const PoolWindow window =
-            pool_window(c, count, half, [&](int64_t i) { return uint16_t(spare2[i]) & 127; });
-        own[e] = pool_over<kPool>(window, [&](int64_t i) { return float(as<float>(spare0)[i]); });
-        other[e] = pool_over<kPool>(window, [&](int64_t i) { return float(as<float>(spare1)[i]); });
-      }
-    }
-    CSP_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const int c = first + e;
-      if (c >= count) continue;
-      self[c] = enter_self(own[e], (marks[e] & 128) != 0, totals);
-      cross[c] = enter_cross(other[e], (marks[e] & 256) != 0, totals);
-      tie[c] = descending(as<float>(spare0)[c] + as<float>(spare1)[c]);
+    const int end = first + 4 < count ? first + 4 : count;
+    CSP_NO_UNROLL
+    for (int c = first; c < end; ++c) {
+      const PoolWindow window = pool_window(c, count, half, [&](int i) { return spare2[i] & kModalityMask; });
+      const auto mine = [&](int i) { return float(as<float>(spare0)[i]); };
+      const auto theirs = [&](int i) { return float(as<float>(spare1)[i]); };
+      const int marks = spare2[c];
+      self[c] = enter_self(pool_over<kPool>(window, mine), (marks & kInSelf) != 0, totals);
+      cross[c] = enter_cross(pool_over<kPool>(window, theirs), (marks & kInCross) != 0, totals);
+      tie[c] = descending(mine(c) + theirs(c));
     }
   }
 
-  // Four neighbours, all of whose windows lie inside one run.
-  template <Pool kPool>
-  CSP_DEVICE static void pool_near(Shared<float> scores, int half, float (&out)[4]) {
-    float around[12];
+  // Whether a group and its neighbours on both sides have one modality.
+  CSP_DEVICE bool one_run(int first) const {
+    const int own = spare2[first];
+    int differs = 0;
     CSP_UNROLL
-    for (int part = 0; part < 3; ++part) {
-      const Vec<float, 4> four = load_vec<4>(scores + (4 * part - 4));
+    for (int side = -4; side <= 4; side += 4) {
+      const Vec<uint16_t, 4> four = load_vec<4>(spare2 + (first + side));
       CSP_UNROLL
-      for (int e = 0; e < 4; ++e) around[4 * part + e] = four[e];
+      for (int e = 0; e < 4; ++e) differs |= four[e] ^ own;
     }
-    Pooled<kPool> pooled[4];
+    return (differs & kModalityMask) == 0;
+  }
+
+  // Four neighbours, all of whose windows lie inside one run; returns their own scores.
+  template <Pool kPool>
+  CSP_DEVICE static Vec<float, 4> pool_near(Shared<float> scores, int half, Pooled<kPool> (&pooled)[4]) {
+    const Vec<float, 4> left = load_vec<4>(scores - 4), own = load_vec<4>(scores);
+    const Vec<float, 4> right = load_vec<4>(scores + 4);
     CSP_UNROLL
     for (int step = -kNear; step <= kNear; ++step) {
       if (step < -half || step > half) continue;
       CSP_UNROLL
-      for (int e = 0; e < 4; ++e) pooled[e].add(around[4 + e + step]);
+      for (int e = 0; e < 4; ++e) {
+        const int at = e + step;
+        pooled[e].add(at < 0 ? left[at + 4] : at < 4 ? own[at] : right[at - 4]);
+      }
     }
-    CSP_UNROLL
-    for (int e = 0; e < 4; ++e) out[e] = pooled[e].over(2 * half + 1);
+    return own;
   }
 
   // ---- cutting ----
 
-  // Of the elements of `keys`, which lie below 2^bits, those up to the cut are the best `want` > 0.
-  CSP_DEVICE Cut best(Shared<uint32_t> keys, uint32_t want, int bits) const {
+  // The word'th thing to compare by; `list` are the keys.
+  CSP_DEVICE uint32_t word_of(int word, Shared<uint32_t> list, int c) const {
+    return word == 0 ? uint32_t(list[c]) : word == 1 ? uint32_t(tie[c]) : place(c);
+  }
+
+  // Of the listed elements, whose keys lie below 2^bits, those up to the cut are the best `want`.
+  CSP_DEVICE Cut best(Shared<uint32_t> list, uint32_t want, int bits) const {
     Cut cut{0, kAbsent, kAbsent};
-    cut.key = selector.bound(want, bits, [&](auto use) {
-      each_group([&](int first) {
-        const Four four = load_vec<4>(keys + first);
-        CSP_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          if (four[e] != kAbsent) use(four[e]);
-        }
+    CSP_NO_UNROLL
+    for (int word = 0; word < 3 && want > 0; ++word) {
+      const int width = word == 0 ? bits : word == 1 ? 32 : 32 - leading_zeros(count);
+      const uint32_t bound = selector.bound(want, width, [&](auto use) {
+        each_listed(list, [&](int c, uint32_t key) {
+          if (word > 0 && (key != cut.key || (word > 1 && uint32_t(tie[c]) != cut.tie))) return;
+          use(word == 0 ? key : word_of(word, list, c));
+        });
       });
-    });
-    if (want == 0) return cut;
-    const auto each_equal = [&](auto use) {
-      each_group([&](int first) {
-        const Four four = load_vec<4>(keys + first);
-        CSP_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          if (four[e] == cut.key) use(first + e);
-        }
-      });
-    };
-    cut.tie = selector.bound(want, 32, [&](auto use) { each_equal([&](int c) { use(uint32_t(tie[c])); }); });
-    if (want == 0) return cut;
-    cut.place = selector.bound(want, 32 - leading_zeros(count), [&](auto use) {
-      each_equal([&](int c) {
-        if (uint32_t(tie[c]) == cut.tie) use(place(c));
-      });
-    });
+      if (word == 0) cut.key = bound;
+      if (word == 1) cut.tie = bound;
+      if (word == 2) cut.place = bound;
+    }
     return cut;
   }
 
-  CSP_DEVICE bool within(Shared<uint32_t> keys, int c, const Cut& cut) const {
-    const uint32_t key = keys[c];
+  CSP_DEVICE bool within(Shared<uint32_t> list, int c, const Cut& cut) const {
+    const uint32_t key = list[c];
     if (key != cut.key) return key < cut.key;
     if (cut.tie == kAbsent) return key != kAbsent;
     const uint32_t sum = tie[c];
@@ -254,6 +269,7 @@ struct Row {
   CSP_DEVICE int bin_count() const { return (count + 128) / 128 * 128; }
 
   CSP_DEVICE void clear(int size) const {
+    CSP_NO_UNROLL
     for (int i = 4 * thread(); i < size; i += 4 * kThreads) store_vec(bins + i, Four{});
     sync_block();
   }
@@ -266,6 +282,7 @@ struct Row {
     const int begin = warp() * span, end = begin + span < size ? begin + span : size;
     uint32_t sum = 0;
     bool crowd = false;
+    CSP_NO_UNROLL
     for (int i = begin + 4 * lane(); i < end; i += kStep) {
       const Four four = load_vec<4>(bins + i);
       CSP_UNROLL
@@ -276,6 +293,7 @@ struct Row {
     }
     uint32_t all = 0;
     uint32_t base = scan_warps<kWarps>(reduce_warp(sum, Add()), selector.scratch, all);
+    CSP_NO_UNROLL
     for (int i = begin + 4 * lane(); i - 4 * lane() < end; i += kStep) {
       Four four = load_vec<4>(bins + i);
       const uint32_t own = four[0] + four[1] + four[2] + four[3];
@@ -299,21 +317,6 @@ struct Row {
     return static_cast<uint32_t>((uint64_t{distance << (lead & 31)} * parts) >> 32);
   }
 
-  CSP_DEVICE uint32_t word_of(int word, Shared<uint32_t> list, int c) const {
-    return word == 0 ? uint32_t(list[c]) : word == 1 ? uint32_t(tie[c]) : place(c);
-  }
-
-  template <typename Use>
-  CSP_DEVICE void each_listed(Shared<uint32_t> list, Use use) const {
-    each_group([&](int first) {
-      const Four keys = load_vec<4>(list + first);
-      CSP_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        if (keys[e] != kAbsent) use(first + e, keys[e]);
-      }
-    });
-  }
-
   CSP_DEVICE bool crowded(int bin) const { return bins[bin + 1] - bins[bin] > kCrowd; }
 
   // Divides every crowd by its range of keys, then of ties, then of places, until none is left: a division
@@ -321,6 +324,7 @@ struct Row {
   CSP_DEVICE void disperse(Shared<uint32_t> list) const {
     const Shared<uint32_t> low = spare0, high = spare1;
     for (int word = 0;;) {
+      CSP_NO_UNROLL
       for (int b = thread(); b < count; b += kThreads) {
         if (!crowded(b)) continue;
         low[b] = ~uint32_t{0};
@@ -336,6 +340,7 @@ struct Row {
       });
       sync_block();
       bool divides = false;
+      CSP_NO_UNROLL
       for (int b = thread(); b < count; b += kThreads) {
         if (crowded(b)) divides |= uint32_t(low[b]) < uint32_t(high[b]);
       }
@@ -381,11 +386,13 @@ struct Row {
     });
     sync_block();
     const uint32_t listed = bins[count];
+    CSP_NO_UNROLL
     for (uint32_t i = static_cast<uint32_t>(thread()); i < listed; i += kThreads) {
       const uint32_t key = spare0[i], c = spare1[i];
       const int b = uint16_t(spare2[c]);
       const uint32_t begin = b > 0 ? uint32_t(bins[b - 1]) : 0, end = bins[b];
       uint32_t rank = begin + 1;
+      CSP_NO_UNROLL
       for (uint32_t m = begin; m < end; ++m) {
         const uint32_t key_of_m = spare0[m];
         if (key_of_m < key) ++rank;
@@ -413,7 +420,7 @@ class Pieces {
       return arena_.template take<T>(count);
     } else {
       const Global<T> piece = global<T>(next_);
-      next_ += round_up(count * static_cast<int64_t>(sizeof(T)), 16);
+      next_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
       return piece;
     }
   }
@@ -424,7 +431,7 @@ class Pieces {
 };
 
 template <int kThreads, bool kShared, bool kRanks>
-CSP_KERNEL(kThreads, kThreads == 512 ? 2 : 1)
+CSP_KERNEL(kThreads, kShared&& kThreads == 512 ? 2 : 1)
 void select_row_kernel(SelectParams p, SelectPlan plan, void* workspace) {
   constexpr int kWarps = kThreads / 32;
   CSP_SHARED(int32_t, observer_words, kObserverWords);
@@ -435,9 +442,9 @@ void select_row_kernel(SelectParams p, SelectPlan plan, void* workspace) {
 
   SharedArena arena;
   const Shared<uint32_t> bins = arena.take<uint32_t>(plan.bins);
-  const Shared<uint32_t> masks = arena.take<uint32_t>(ceil_div(keys, 32));  // real keys, then kept ones
+  const Shared<uint32_t> masks = arena.take<uint32_t>((keys + 31) / 32);  // real keys, then kept ones
   Pieces<kShared> pieces(arena, workspace, plan.row_bytes);
-  const int64_t padded = round_up(keys, 4);
+  const int padded = (keys + 3) / 4 * 4;
   const Shared<uint32_t> self = pieces.template take<uint32_t>(padded);
   const Shared<uint32_t> cross = pieces.template take<uint32_t>(padded);
   const Shared<uint32_t> tie = pieces.template take<uint32_t>(padded);
@@ -454,21 +461,28 @@ void select_row_kernel(SelectParams p, SelectPlan plan, void* workspace) {
 
   row.clear(kDigits);
   // A warp reads the keys [begin, end).
-  const int span = static_cast<int>(round_up(ceil_div(keys, kWarps), 32));
+  const int span = (keys + kThreads - 1) / kThreads * 32;
   const int begin = warp() * span, end = begin + span < keys ? begin + span : keys;
 
-  for (int64_t r = block_x(); r < p.batch * p.score_heads; r += grid_x()) {
+  for (int64_t r = block_x(); r < p.batch * p.score_heads;
+       r += kShared ? p.batch * p.score_heads : grid_x()) {
     const int64_t batch = r / p.score_heads;
     const Global<const int8_t> modality = global<int8_t>(p.modality) + batch * p.keys;
     float own[kStrips] = {}, other[kStrips] = {};
-    load_strips(p.dtype, p.self, r * p.keys, begin, end, own);
-    load_strips(p.dtype, p.cross, r * p.keys, begin, end, other);
+    const auto load = [&](int first) {
+      load_strips(p.dtype, p.self, r * p.keys, first, end, own);
+      load_strips(p.dtype, p.cross, r * p.keys, first, end, other);
+    };
+    // The first scores are on their way while the keys are counted, where there are registers for them.
+    constexpr bool kAhead = kShared && !kRanks;
+    if constexpr (kAhead) load(begin);
     sync_block();  // the last row's shared memory is free
 
     // Real keys: how many, and how many before this warp's.
     if (thread() < 4) range[thread()] = thread() < 2 ? kAbsent : 0;
     find_observers(p, batch, observer_words);
     uint32_t real_here = 0;
+    CSP_NO_UNROLL
     for (int first = begin; first < end; first += 32 * kStrips) {
       CSP_UNROLL
       for (int i = 0; i < kStrips; ++i) {
@@ -480,23 +494,18 @@ void select_row_kernel(SelectParams p, SelectPlan plan, void* workspace) {
     }
     uint32_t real_keys = 0;
     const uint32_t real_before = scan_warps<kWarps>(real_here, scratch, real_keys);
-    const int real = static_cast<int>(real_keys);
-    const bool fits = real < p.budget || (real == p.budget && !literal);
-    const int recent = static_cast<int>(fits || real < p.recent ? real : p.recent);
-    row.count = real - recent;
-    const auto slots =
-        static_cast<uint32_t>(p.budget - p.recent < row.count ? p.budget - p.recent : row.count);
+    const RowSize size = size_of_row(p, real_keys);
+    const auto slots = static_cast<uint32_t>(size.slots);
+    row.count = static_cast<int>(size.candidates);
 
     Cut cut{0, kAbsent, kAbsent}, cut_cross{0, kAbsent, kAbsent};
     if (slots > 0) {
       // The candidates, closed up.
       Totals totals;
       uint32_t base = real_before;
+      CSP_NO_UNROLL
       for (int first = begin; first < end; first += 32 * kStrips) {
-        if (first > begin) {
-          load_strips(p.dtype, p.self, r * p.keys, first, end, own);
-          load_strips(p.dtype, p.cross, r * p.keys, first, end, other);
-        }
+        if (!kAhead || first > begin) load(first);
         CSP_UNROLL
         for (int i = 0; i < kStrips; ++i) {
           const int strip = first + 32 * i, j = strip + lane();
@@ -514,7 +523,7 @@ void select_row_kernel(SelectParams p, SelectPlan plan, void* workspace) {
           } else {
             spare0[c] = float_bits(own[i]);
             spare1[c] = float_bits(other[i]);
-            spare2[c] = static_cast<uint16_t>(m | in_self << 7 | in_cross << 8);
+            spare2[c] = static_cast<uint16_t>(m | (in_self ? kInSelf : 0) | (in_cross ? kInCross : 0));
           }
         }
       }
@@ -527,6 +536,8 @@ void select_row_kernel(SelectParams p, SelectPlan plan, void* workspace) {
       }
 
       // The best of them.
+      int bits = 32;
+      sync_block();
       if constexpr (kRanks) {
         const auto smaller = [](uint32_t a, uint32_t b) { return a < b ? a : b; };
         const auto larger = [](uint32_t a, uint32_t b) { return a > b ? a : b; };
@@ -541,23 +552,18 @@ void select_row_kernel(SelectParams p, SelectPlan plan, void* workspace) {
           atomic_max(range + 3, totals.high_cross);
         }
         sync_block();
-        row.rank(self, range[0], range[2]);
-        row.rank(cross, range[1], range[3]);
-        const int bits = row.compose();
+        CSP_NO_UNROLL
+        for (int list = 0; list < 2; ++list) {
+          row.rank(list == 0 ? self : cross, range[list], range[2 + list]);
+        }
+        bits = row.compose();
         row.clear(kDigits);
-        cut = row.best(self, slots, bits);
-      } else if (literal) {
-        sync_block();
-        const auto quota = [&](int64_t k) { return static_cast<uint32_t>(k < row.count ? k : row.count); };
-        if (p.k_self > 0) cut = row.best(self, quota(p.k_self), 32);
-        if (p.k_cross > 0) cut_cross = row.best(cross, quota(p.k_cross), 32);
       } else if (plan.rule == SelectRule::kOneList) {
         uint32_t listed_self = 0, listed_cross = 0;
         scan_warps<kWarps>(reduce_warp(totals.listed_self, Add()), scratch, listed_self);
         scan_warps<kWarps>(reduce_warp(totals.listed_cross, Add()), scratch, listed_cross);
         row.line_up(listed_self, listed_cross, slots);
-        cut = row.best(self, slots, 32);
-      } else {
+      } else if (plan.rule == SelectRule::kCalibrated) {
         const double warp_self = reduce_warp(totals.sum_self, Add());
         const double warp_cross = reduce_warp(totals.sum_cross, Add());
         if (lane() == 0) {
@@ -568,12 +574,19 @@ void select_row_kernel(SelectParams p, SelectPlan plan, void* workspace) {
         const double sum_self = reduce_warp(lane() < kWarps ? double(sums[lane()]) : 0.0, Add());
         const double sum_cross = reduce_warp(lane() < kWarps ? double(sums[kWarps + lane()]) : 0.0, Add());
         row.calibrate(sum_self, sum_cross);
-        cut = row.best(self, slots, 32);
+      }
+      const auto quota = [&](int64_t k) { return static_cast<uint32_t>(k < row.count ? k : row.count); };
+      CSP_NO_UNROLL
+      for (int list = 0; list < (literal ? 2 : 1); ++list) {
+        const uint32_t want = !literal ? slots : quota(list == 0 ? p.k_self : p.k_cross);
+        const Cut found = row.best(list == 0 ? self : cross, want, bits);
+        (list == 0 ? cut : cut_cross) = found;
       }
     }
 
     // Kept keys: the recent ones and those within the cut.
     uint32_t base = real_before, kept_here = 0;
+    CSP_NO_UNROLL
     for (int strip = begin; strip < end; strip += 32) {
       const uint32_t mask = masks[strip / 32];
       const int c = static_cast<int>(base + popcount(mask & lanes_below()));
@@ -594,8 +607,10 @@ void select_row_kernel(SelectParams p, SelectPlan plan, void* workspace) {
     const uint32_t kept_before = scan_warps<kWarps>(kept_here, scratch, kept_keys);
     const Global<int32_t> out = global<int32_t>(p.indices) + r * p.budget;
     const int64_t free = p.budget - kept_keys;  // not below 0 where the quotas fit into the budget
+    CSP_NO_UNROLL
     for (int64_t i = thread(); i < free; i += kThreads) out[i] = -1;
     int64_t slot = free + kept_before;
+    CSP_NO_UNROLL
     for (int strip = begin; strip < end; strip += 32) {
       const uint32_t kept = masks[strip / 32];
       const int64_t at = slot + popcount(kept & lanes_below());

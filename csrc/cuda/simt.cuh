@@ -28,6 +28,7 @@
 // A static shared array of `count` elements, uninitialised.
 #define CSP_SHARED(type, name, count) __shared__ type name[count]
 #define CSP_UNROLL _Pragma("unroll")
+#define CSP_NO_UNROLL _Pragma("unroll 1")
 
 namespace csp::simt {
 
