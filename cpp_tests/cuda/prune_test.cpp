@@ -148,8 +148,10 @@ void expect_equal(const Problem& a, const Problem& b) {
 
 TEST_P(PruneCuda, IsItsPartsBitForBit) {
   uint64_t seed = 0;
-  for (const CudaDevice& device : devices()) {
+  const std::vector<CudaDevice> played = devices();
+  for (const CudaDevice& device : played) {
     for (const Heads heads : {Heads::kKv, Heads::kShared}) {
+      if (heads == Heads::kShared && device.capability != played.back().capability) continue;
       SCOPED_TRACE(testing::Message() << "sm_" << device.capability);
       Problem whole(GetParam(), heads), parts(GetParam(), heads);
       seed_threads(++seed);

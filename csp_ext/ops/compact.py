@@ -32,8 +32,8 @@ def compact(key: Tensor, value: Tensor, indices: Tensor) -> tuple[Tensor, Tensor
     Raises
     ------
     ValueError
-        If a shape, dtype or device does not fit, or (CPU) an index lies outside ``[-1, L)``. On CUDA such an
-        index acts as -1.
+        If a shape, dtype or device does not fit, or an index lies outside ``[-1, L)``. On CUDA such an
+        index acts as -1 unless ``CSP_CHECK=1`` is set.
 
     Notes
     -----

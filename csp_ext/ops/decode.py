@@ -50,7 +50,8 @@ def decode(
     Raises
     ------
     ValueError
-        If a shape, dtype or value does not fit; the message names the argument.
+        If a shape, dtype or value does not fit; the message names the argument. On CUDA `start` and `end` are
+        clamped to [0, C] unless ``CSP_CHECK=1`` is set.
 
     Notes
     -----
