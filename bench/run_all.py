@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from harness import cell, columns, first_line, verdicts
+from harness import cell, columns, first_line, setting, verdicts
 
 HERE = Path(__file__).parent
 
@@ -60,6 +60,25 @@ def run(script: Path, options: list[str], limit: float) -> dict[str, Any] | str:
     return dict(json.loads(done.stdout))
 
 
+def keep(
+    folder: Path,
+    name: str,
+    about: dict[str, Any],
+    results: list[dict[str, Any]],
+    failed: dict[str, str],
+    tables: list[str],
+) -> Path:
+    """Write <name>.json and <name>.md with what there is so far; return their path without the ending."""
+    stem = name or f"{str(about.get('gpu', about['device'])).lower().replace(' ', '-')}-{about['date']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {**about, "benchmarks": results, **({"failed": failed} if failed else {})}
+    (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
+    head = "\n".join(f"* {key}: {value}" for key, value in about.items())
+    lost = "".join(f"### {op} FAILED\n\n```\n{why}\n```\n" for op, why in failed.items())
+    (folder / f"{stem}.md").write_text(f"# {stem}\n\n{head}\n\n" + "\n".join(tables) + lost)
+    return folder / stem
+
+
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     name: Annotated[str, typer.Option(help="Of the files in the results folder.")] = "",
@@ -74,6 +93,14 @@ def main(
     if unknown := set(wanted) - set(scripts):
         raise typer.BadParameter(f"no such benchmark: {', '.join(sorted(unknown))}")
     options = ["--device", device, *(["--quick"] if quick else []), *(["--tiny"] if tiny else [])]
+    known = setting(device)
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "cpu": cpu_model(),
+        "device": device,
+    }
+    about |= {key: known[key] for key in ("gpu", "torch", "cuda", "driver") if key in known}
     results, failed, tables = [], {}, []
     end = time.monotonic() + limit
     for op in wanted:
@@ -88,7 +115,7 @@ def main(
             tables.append(markdown(result))
             print(tables[-1], flush=True)
         if not (quick or tiny):
-            kept = keep(folder, name, device, results, failed, tables)
+            kept = keep(folder, name, about, results, failed, tables)
     met = [line for result in results for line in verdicts(result["rows"])]
     if met:
         missed = sum("MISSED" in line for line in met)
@@ -98,30 +125,6 @@ def main(
         print(f"kept in {kept}.json and .md")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
-
-
-def keep(
-    folder: Path,
-    name: str,
-    device: str,
-    results: list[dict[str, Any]],
-    failed: dict[str, str],
-    tables: list[str],
-) -> Path:
-    """Write <name>.json and <name>.md with what there is so far."""
-    day = datetime.date.today().isoformat()
-    about = {"date": day, "commit": commit(), "cpu": cpu_model(), "device": device}
-    gpu = results[0]["build"].get("gpu") if results else None
-    if gpu:
-        about |= {key: results[0]["build"][key] for key in ("gpu", "torch", "cuda", "driver")}
-    stem = name or f"{str(gpu or device).lower().replace(' ', '-')}-{day}"
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {**about, "benchmarks": results, **({"failed": failed} if failed else {})}
-    (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
-    head = "\n".join(f"* {key}: {value}" for key, value in about.items())
-    lost = "".join(f"### {op} FAILED\n\n```\n{why}\n```\n" for op, why in failed.items())
-    (folder / f"{stem}.md").write_text(f"# {stem}\n\n{head}\n\n" + "\n".join(tables) + lost)
-    return folder / stem
 
 
 if __name__ == "__main__":
