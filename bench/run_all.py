@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from harness import cell, columns, first_line, verdicts
+from harness import cell, columns, first_line, setting, verdicts
 
 HERE = Path(__file__).parent
 
@@ -49,13 +49,34 @@ def markdown(result: dict[str, Any]) -> str:
 def run(script: Path, options: list[str], limit: float) -> dict[str, Any] | str:
     """Return what a benchmark measured, or why it did not."""
     command = [sys.executable, str(script), "--json", *options]
+    if limit <= 0:
+        return "no time was left"
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
     except subprocess.TimeoutExpired:
-        return f"stopped after {limit:g} s"
+        return f"stopped after {limit:.1f} s"
     if done.returncode:
         return done.stderr.strip()[-2000:] or f"exit status {done.returncode}"
     return dict(json.loads(done.stdout))
+
+
+def keep(
+    folder: Path,
+    name: str,
+    about: dict[str, Any],
+    results: list[dict[str, Any]],
+    failed: dict[str, str],
+    tables: list[str],
+) -> Path:
+    """Write <name>.json and <name>.md with what there is so far; return their path without the ending."""
+    stem = name or f"{str(about.get('gpu', about['device'])).lower().replace(' ', '-')}-{about['date']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {**about, "benchmarks": results, **({"failed": failed} if failed else {})}
+    (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
+    head = "\n".join(f"* {key}: {value}" for key, value in about.items())
+    lost = "".join(f"### {op} FAILED\n\n```\n{why}\n```\n" for op, why in failed.items())
+    (folder / f"{stem}.md").write_text(f"# {stem}\n\n{head}\n\n" + "\n".join(tables) + lost)
+    return folder / stem
 
 
 def main(
@@ -65,58 +86,45 @@ def main(
     only: Annotated[str, typer.Option(help="Ops, with commas between them; default all.")] = "",
     quick: Annotated[bool, typer.Option(help="Fewer problems and repeats; nothing is kept.")] = False,
     tiny: Annotated[bool, typer.Option(help="The GPU's problems cut down; nothing is kept.")] = False,
-    limit: Annotated[float, typer.Option(help="Seconds that one benchmark may take.")] = 1800,
+    limit: Annotated[float, typer.Option(help="Seconds that they may take together.")] = 7200,
 ) -> None:
     scripts = {script.stem.removeprefix("bench_"): script for script in sorted(HERE.glob("bench_*.py"))}
     wanted = only.split(",") if only else list(scripts)
     if unknown := set(wanted) - set(scripts):
         raise typer.BadParameter(f"no such benchmark: {', '.join(sorted(unknown))}")
     options = ["--device", device, *(["--quick"] if quick else []), *(["--tiny"] if tiny else [])]
+    known = setting(device)
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "cpu": cpu_model(),
+        "device": device,
+    }
+    about |= {key: known[key] for key in ("gpu", "torch", "cuda", "driver") if key in known}
     results, failed, tables = [], {}, []
+    end = time.monotonic() + limit
     for op in wanted:
         begin = time.monotonic()
-        result = run(scripts[op], options, limit)
+        result = run(scripts[op], options, end - begin)
         print(f"{op}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
         if isinstance(result, str):
             failed[op] = result
             print(f"### {op} FAILED\n\n{result}\n", flush=True)
-            continue
-        results.append(result)
-        tables.append(markdown(result))
-        print(tables[-1], flush=True)
+        else:
+            results.append(result)
+            tables.append(markdown(result))
+            print(tables[-1], flush=True)
+        if not (quick or tiny):
+            kept = keep(folder, name, about, results, failed, tables)
     met = [line for result in results for line in verdicts(result["rows"])]
     if met:
         missed = sum("MISSED" in line for line in met)
         open_ = sum("not measured" in line for line in met)
         print(f"targets: {len(met) - missed - open_} met, {missed} missed, {open_} not measured")
     if not (quick or tiny):
-        keep(folder, name, device, results, failed, tables)
+        print(f"kept in {kept}.json and .md")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
-
-
-def keep(
-    folder: Path,
-    name: str,
-    device: str,
-    results: list[dict[str, Any]],
-    failed: dict[str, str],
-    tables: list[str],
-) -> None:
-    """Write <name>.json and <name>.md."""
-    day = datetime.date.today().isoformat()
-    about = {"date": day, "commit": commit(), "cpu": cpu_model(), "device": device}
-    gpu = results[0]["build"].get("gpu") if results else None
-    if gpu:
-        about |= {key: results[0]["build"][key] for key in ("gpu", "torch", "cuda", "driver")}
-    stem = name or f"{str(gpu or device).lower().replace(' ', '-')}-{day}"
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = {**about, "benchmarks": results, **({"failed": failed} if failed else {})}
-    (folder / f"{stem}.json").write_text(json.dumps(kept, indent=1) + "\n")
-    head = "\n".join(f"* {key}: {value}" for key, value in about.items())
-    lost = "".join(f"### {op} FAILED\n\n```\n{why}\n```\n" for op, why in failed.items())
-    (folder / f"{stem}.md").write_text(f"# {stem}\n\n{head}\n\n" + "\n".join(tables) + lost)
-    print(f"kept in {folder / stem}.json and .md")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,10 +166,11 @@ def test_a_failing_benchmark_does_not_lose_the_others(bench, tmp_path, capsys, m
     module = bench("run_all")
     row = {"case": "a", "csp us": 1.5, "of bound": 0.5, "targets": ["us <= 2.0: met, 1.5"]}
     about = {"gpu": "NVIDIA H200", "torch": "2.11", "cuda": "13.0", "driver": "580"}
+    monkeypatch.setattr(module, "setting", lambda device: about)
     good = {"title": "decode", "build": about, "bounds": {"copy GB/s": 4300.0}, "rows": [row]}
     monkeypatch.setattr(module, "run", lambda script, *_: good if "decode" in script.stem else "broke")
     with pytest.raises(SystemExit, match="failed: score"):
-        module.main(device="cuda", name="x", folder=tmp_path, only="decode,score")
+        module.main(device="cuda", name="x", folder=tmp_path, only="score,decode")
     kept = json.loads((tmp_path / "x.json").read_text())
     assert kept["benchmarks"] == [good]
     assert kept["failed"] == {"score": "broke"}
@@ -197,3 +200,29 @@ def test_snapkv_keeps_what_its_formula_says(bench):
     want = torch.cat([pooled.topk(12).indices, position[-8:].expand(2, 2, -1)], -1).sort(-1).values
     rows = (kept_key[:, :, :, None] == key[:, :, None]).all(-1).float().argmax(-1).sort(-1).values
     assert torch.equal(rows, want)
+
+
+def gpu_script(tmp_path, **variables):
+    """Run bench/gpu.sh with its folders below tmp_path; return the finished process."""
+    folders = {"WORK": str(tmp_path / "work"), "OUT": str(tmp_path / "out")}
+    return subprocess.run(
+        ["bash", BENCH / "gpu.sh"],
+        env={**os.environ, **folders, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_gpu_script_refuses_a_stage_it_does_not_know(tmp_path):
+    run = gpu_script(tmp_path, STAGES="build tset")
+    assert run.returncode == 2
+    assert "no such stage: tset" in run.stderr
+
+
+def test_the_gpu_script_says_what_is_not_built(tmp_path):
+    run = gpu_script(tmp_path, STAGES="test bench")
+    assert run.returncode == 1
+    summary = run.stdout.split("==> summary")[1]
+    assert summary.count("SKIPPED") == 2
+    assert "the package is not built: run the stage build" in summary
