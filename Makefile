@@ -8,12 +8,12 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt
 
-.PHONY: demo test cpp gtest check format wheel resources bench print-torch clean
+.PHONY: demo test cpp cpp-libraries check format wheel resources bench print-torch clean
 
 demo: $(VENV)/.demo
 	$(BIN)/csp demo
 
-test: $(VENV)/.dev gtest cpp
+test: $(VENV)/.dev cpp
 	$(BIN)/python -m pytest
 
 $(VENV)/.torch:
@@ -30,13 +30,17 @@ $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
 	touch $@ $(VENV)/.demo
 
-# GoogleTest is Debian's: installed where we are root there, otherwise its absence is said and the C++ tests skip.
-gtest:
-	@sh tools/gtest.sh
+# GoogleTest and Boost.Context are Debian's: installed where we are root there, otherwise their absence is said and the
+# tests that need them skip.
+cpp-libraries:
+	@sh tools/cpp_test_libraries.sh
 
-# The C++ tests twice: optimised, and under AddressSanitizer and UndefinedBehaviorSanitizer.
-cpp: $(VENV)/.torch gtest
-	@for preset in cpp asan; do \
+# The C++ tests: optimised, with those of the CUDA kernels in the SIMT harness; again under AddressSanitizer and
+# UndefinedBehaviorSanitizer; and, where there are a GPU and nvcc, for the GPU.
+cpp: $(VENV)/.torch cpp-libraries
+	@presets="cpp asan"; \
+	if nvidia-smi -L >/dev/null 2>&1 && command -v nvcc >/dev/null; then presets="$$presets cuda"; fi; \
+	for preset in $$presets; do \
 	  $(BIN)/cmake --preset $$preset -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja --log-level=WARNING && \
 	  $(BIN)/cmake --build --preset $$preset -- --quiet || exit 1; \
 	done

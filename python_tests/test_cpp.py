@@ -1,4 +1,4 @@
-"""The C++ tests: each gtest case is a pytest item. Skips loudly where GoogleTest or the build is missing."""
+"""The C++ tests: each gtest case is a pytest item. Skips loudly where a library or the build is missing."""
 
 from __future__ import annotations
 
@@ -8,12 +8,22 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
-# `make test` builds both; CSP_CPP_TESTS names others, separated by colons.
-BINARIES = os.environ.get(
-    "CSP_CPP_TESTS", "build/cpp/cpp_tests/csp_tests:build/asan/cpp_tests/csp_tests"
-).split(":")
+# What `make test` builds: the CPU half, again under sanitizers, the CUDA kernels in the SIMT harness and, where
+# there is a GPU, on it.
+BINARIES = {
+    "cpp": "build/cpp/cpp_tests/csp_tests",
+    "asan": "build/asan/cpp_tests/csp_tests",
+    "simt": "build/cpp/cpp_tests/csp_simt_tests",
+    "cuda": "build/cuda/cpp_tests/csp_cuda_tests",
+}
+if not torch.cuda.is_available():
+    del BINARIES["cuda"]
+# CSP_CPP_TESTS names others, separated by colons.
+if "CSP_CPP_TESTS" in os.environ:
+    BINARIES = {"-".join(Path(name).parts[-3:]): name for name in os.environ["CSP_CPP_TESTS"].split(":")}
 
 
 @functools.cache
@@ -58,12 +68,18 @@ def outcome(binary: str) -> dict[str, tuple[str, str]]:
 
 @pytest.mark.parametrize(
     ("binary", "case"),
-    [pytest.param(b, c, id=f"{Path(b).parts[-3]}-{c}") for b in BINARIES for c in cases(b)]
-    or [pytest.param("", "", id="not-built")],
+    [
+        pytest.param(binary, case, id=f"{name}-{case or 'not-built'}")
+        for name, binary in BINARIES.items()
+        for case in cases(binary) or [""]
+    ],
 )
 def test_cpp(binary, case):
-    if not binary:
-        pytest.skip("THE C++ TESTS WERE NOT BUILT: apt-get install libgtest-dev (Debian), then `make test`")
+    if not case:
+        pytest.skip(
+            f"THE C++ TESTS WERE NOT BUILT: no {binary}. "
+            "apt-get install libgtest-dev libboost-context-dev (Debian), then `make test`"
+        )
     verdict, output = outcome(binary).get(case, ("failed", "the binary ended before this case ran"))
     if verdict == "skipped":
         pytest.skip(output.splitlines()[0] if output else case)

@@ -1,8 +1,7 @@
-#include <functional>
+#include <ctime>
 #include <iostream>
 #include <numeric>
 #include <set>
-#include <tuple>
 
 #include <gtest/gtest.h>
 
@@ -561,6 +560,38 @@ TEST(Harness, References) {
   const std::vector<int32_t> got = out.values<int32_t>();
   const std::vector<int32_t> want{4, 3, 4, 8, 6, 4, -1, (8 - 2) | 1, 9, 1 | 2 << 16, 2, 0x3f000000, 1};
   EXPECT_EQ(std::vector<int32_t>(got.begin(), got.begin() + 13), want);
+}
+
+CSP_KERNEL(256, 1)
+void reads_and_barriers(const void* in, void* out, int64_t size, int rounds) {
+  CSP_SHARED(float, sums, 256);
+  float sum = 0;
+  for (int round = 0; round < rounds; ++round) {
+    for (int64_t i = block_x() * 256 + thread(); i < size; i += grid_x() * 256) sum += global<float>(in)[i];
+    sums[thread()] = sum;
+    sync_block();
+    sum = sums[(thread() + 1) % 256];
+    sync_block();
+  }
+  global<float>(out)[block_x() * 256 + thread()] = sum;
+}
+
+// Prints; the machine decides how long it takes.
+TEST(Harness, WhatItCosts) {
+  constexpr int64_t kSize = 1 << 18, kRows = 16;
+  const DeviceBuffer in = to_device("in", std::vector<float>(kSize, 1.0f)), out("out", 4 * 256 * kRows);
+  LaunchShape shape;
+  shape.x = kRows;
+  const auto seconds_of = [&](int64_t size, int rounds) {
+    const std::clock_t begin = std::clock();
+    expect_ok(CSP_LAUNCH(context_of(), shape, reads_and_barriers, in.data(), out.data(), size, rounds));
+    return static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC;
+  };
+  const double barriers = seconds_of(0, 40);
+  const double reads = seconds_of(kSize, 40) - barriers;
+  EXPECT_EQ(out.values<float>(), std::vector<float>(256 * kRows, 40.0f * kSize / (256 * kRows)));
+  std::cout << "  " << reads * 1e9 / (40 * kSize) << " ns per read, "
+            << barriers * 1e9 / (2 * 40 * 256 * kRows) << " ns per thread and barrier\n";
 }
 
 // What is kept in `auto` would be read later than on a GPU, so it cannot be read.

@@ -349,7 +349,8 @@ inline uint32_t match_any(uint32_t value, const Site& site = Site::current()) {
 
 template <typename T, typename Combine>
 T atomic_update(Pointer<T> address, const Site& site, Combine combine) {
-  static_assert(std::is_integral_v<T>, "integers only: the order of float additions would show");
+  static_assert(std::is_integral_v<T> && sizeof(T) >= 4,
+                "what atomicAdd takes, and no float: the order would show");
   address.allocation()->atomic(address.address(), sizeof(T), site);
   const T old = *address.address();
   *address.address() = combine(old);

@@ -25,8 +25,8 @@
 #define CSP_DEVICE __device__ __forceinline__
 // A kernel: CSP_KERNEL(threads per block, blocks per multiprocessor) void name(arguments by value).
 #define CSP_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
-// A static shared array of `count` elements, uninitialised.
-#define CSP_SHARED(type, name, count) __shared__ type name[count]
+// A static shared array of `count` elements, uninitialised, 16-byte aligned.
+#define CSP_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define CSP_UNROLL _Pragma("unroll")
 #define CSP_NO_UNROLL _Pragma("unroll 1")
 
