@@ -5,10 +5,6 @@
 #include "csp/plan.h"
 #include "support.h"
 
-#ifdef CSP_SIMT_HARNESS
-#include "simt/engine.h"
-#endif
-
 namespace csp::test {
 namespace {
 
@@ -99,13 +95,11 @@ void check(const Shape& s, const Layout& key_layout, const Layout& value_layout,
   params.key_out = static_cast<unsigned char*>(key_out.data()) + key_layout.out_byte;
   params.value_out = static_cast<unsigned char*>(value_out.data()) + value_layout.out_byte;
   const CudaDevice device = devices()[0];
-#ifdef CSP_SIMT_HARNESS
-  const uint32_t before = simt::launches();
-#endif
+  const uint32_t before = launches();
   expect_ok(compact_cuda(params, Launch(device, 0).context()));
-#ifdef CSP_SIMT_HARNESS
-  EXPECT_EQ(simt::launches() - before, plan_compact_cuda(params, device).launches);
-#endif
+  if (in_harness()) {
+    EXPECT_EQ(launches() - before, plan_compact_cuda(params, device).launches);
+  }
   EXPECT_EQ(key_out.values<unsigned char>(), key_want);
   EXPECT_EQ(value_out.values<unsigned char>(), value_want);
 }

@@ -5,10 +5,6 @@
 #include "csp/plan.h"
 #include "support.h"
 
-#ifdef CSP_SIMT_HARNESS
-#include "simt/engine.h"
-#endif
-
 namespace csp::test {
 namespace {
 
@@ -26,13 +22,11 @@ DeviceBuffer run(const Buffer& logits, DType dtype, int64_t rows, int64_t cols, 
                                  : to_device("out", Buffer(dtype, logits.size()), bytes(at.out));
   const NSoftmaxParams params{dtype, in.data(), out.data(), rows, cols, n};
   const CudaDevice device = devices()[0];
-#ifdef CSP_SIMT_HARNESS
-  const uint32_t before = simt::launches();
-#endif
+  const uint32_t before = launches();
   expect_ok(n_softmax_cuda(params, Launch(device, 0).context()));
-#ifdef CSP_SIMT_HARNESS
-  EXPECT_EQ(simt::launches() - before, plan_n_softmax_cuda(params, device).launches);
-#endif
+  if (in_harness()) {
+    EXPECT_EQ(launches() - before, plan_n_softmax_cuda(params, device).launches);
+  }
   return out;
 }
 

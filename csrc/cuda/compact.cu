@@ -88,7 +88,7 @@ CSP_DEVICE void copy_cache(const CompactArguments& a, const Cache& cache, uint32
 }
 
 // Keys first, then values.
-CSP_KERNEL(kCompactThreads, 8)
+CSP_KERNEL(kCompactThreads, 7)
 void compact_kernel(const CompactArguments a) {
   const auto block = static_cast<uint32_t>(block_x());
   const auto key_blocks = static_cast<uint32_t>(a.key.cut.blocks);

@@ -5,9 +5,9 @@
 namespace csp {
 
 SegmentedColumnSumCut segmented_column_sum_cut(const SegmentedColumnSumParams& p, const CudaDevice& device) {
-  // Two blocks read as fast as a multiprocessor can. More splits than that give each less work; below this
-  // many rows the second launch would cost more than they save.
-  constexpr int64_t kBlocksPerMultiprocessor = 2, kLeastRows = 256;
+  // Enough blocks to end at about the same time on all multiprocessors; with fewer rows than this the second
+  // launch would cost more than the splits save.
+  constexpr int64_t kBlocksPerMultiprocessor = 8, kLeastRows = 512;
   constexpr int64_t kStep = kColumnSumWarps * kColumnSumGroup;
   SegmentedColumnSumCut cut;
   const int64_t blocks = p.batch * p.num_heads * ceil_div(p.keys * dtype_bytes(p.dtype), 32 * 16);
