@@ -35,8 +35,10 @@ CudaStatus launch_finish(const ScoreParams& p, const ScoreCudaPlan& plan, const 
 CudaStatus score_cuda(const ScoreParams& params, const CudaContext& context) {
   if (params.dtype == DType::kFloat64) return kFloat64Refused;
   constexpr int64_t kMost = 1 << 30;
-  if (params.keys > kMost || params.num_heads * params.window > kMost) {
-    return {kCudaNotSupported, nullptr, "more than 2^30 keys, or queries of all heads, in a batch row"};
+  if (params.keys > kMost || params.num_heads * params.window > kMost ||
+      params.batch * params.num_kv_heads > kMost) {
+    return {kCudaNotSupported, nullptr,
+            "more than 2^30 keys, queries of a batch row, or batch rows and heads"};
   }
   const CudaStatus enough = check_workspace(context, score_cuda_workspace_bytes(params, context.device));
   if (!enough.ok()) return enough;

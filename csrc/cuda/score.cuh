@@ -23,8 +23,8 @@ struct ScoreArgs {
   int64_t out_stride;
   Strides query_stride;
   Strides key_stride;
-  int64_t first_head;  // of this launch, counted over batch and KV heads
-  int64_t num_heads;   // of this launch
+  int32_t first_head;  // of this launch, counted over batch and KV heads
+  int32_t num_heads;   // of this launch
   int32_t num_kv_heads;
   int32_t group;
   int32_t rows;
@@ -53,15 +53,24 @@ constexpr int kMixed = -2;  // rows of several modalities; -1: rows that count f
 // ---- heads and rows ----
 
 struct Head {
-  int64_t batch;
-  int64_t kv_head;
-  int64_t in_launch;
+  int batch;
+  int kv_head;
+  int in_launch;
 };
 
-CSP_DEVICE Head head_of(const ScoreArgs& a, int64_t in_launch) {
-  const int64_t head = a.first_head + in_launch;
-  const int64_t batch = head / a.num_kv_heads;
+CSP_DEVICE Head head_of(const ScoreArgs& a, int in_launch) {
+  const int head = a.first_head + in_launch;
+  const int batch = head / a.num_kv_heads;
   return {batch, head - batch * a.num_kv_heads, in_launch};
+}
+
+CSP_DEVICE int block() {
+  return static_cast<int>(block_x());
+}
+
+// Where the sums of a row and a split lie.
+CSP_DEVICE int64_t partial_at(const ScoreArgs& a, const Head& head, int row, int split) {
+  return ((static_cast<int64_t>(head.in_launch) * a.rows + row) * a.splits + split) * 2;
 }
 
 template <typename T>
@@ -73,12 +82,14 @@ CSP_DEVICE Global<const T> keys_of(const ScoreArgs& a, const Head& head) {
 template <typename T>
 CSP_DEVICE Global<const T> queries_of(const ScoreArgs& a, const Head& head) {
   return global<T>(a.query) +
-         (head.batch * a.query_stride.batch + head.kv_head * a.group * a.query_stride.head);
+         (head.batch * a.query_stride.batch + head.kv_head * (a.group * a.query_stride.head));
 }
 
 // Modality of a key, -1 from `end` on.
 CSP_DEVICE int key_modality(const ScoreArgs& a, const Head& head, int key, int end) {
-  return key < end ? static_cast<int8_t>(global<int8_t>(a.modality)[head.batch * a.keys + key]) : -1;
+  return key < end ? static_cast<int8_t>(
+                         global<int8_t>(a.modality)[static_cast<int64_t>(head.batch) * a.keys + key])
+                   : -1;
 }
 
 // The last key that a row sees, the padding apart.
@@ -137,17 +148,27 @@ CSP_DEVICE int row_constant(const ScoreArgs& a, const Head& head, int row, float
   *constant = 0;
   if (row >= a.rows) return -1;
   const int query = row / a.group, in_group = row - query * a.group;
-  const int8_t modality = global<int8_t>(a.query_modality)[head.batch * a.window + query];
+  const int8_t modality =
+      global<int8_t>(a.query_modality)[static_cast<int64_t>(head.batch) * a.window + query];
   if (modality < 0) return -1;
   RowSum sum;
   if (a.lse != nullptr) {
-    const int64_t query_head = (head.batch * a.num_kv_heads + head.kv_head) * a.group + in_group;
+    const int64_t query_head = static_cast<int64_t>(a.first_head + head.in_launch) * a.group + in_group;
     const float lse = global<float>(a.lse)[query_head * a.window + query];
     sum = {lse * kLog2E, lse == -kInfinity ? 0.0f : 1.0f};
   } else {
-    const Global<const float> from = global<float>(static_cast<const void*>(a.partials)) +
-                                     (head.in_launch * a.rows + row) * static_cast<int64_t>(a.splits) * 2;
-    for (int split = 0; split < a.splits; ++split) sum = add(sum, load_row_sum(from + 2 * split));
+    const Global<const float> from =
+        global<float>(static_cast<const void*>(a.partials)) + partial_at(a, head, row, 0);
+    // Four on their way at once.
+    for (int split = 0; split < a.splits; split += 4) {
+      RowSum parts[4];
+      CSP_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (split + i < a.splits) parts[i] = load_row_sum(from + 2 * (split + i));
+      }
+      CSP_UNROLL
+      for (int i = 0; i < 4; ++i) sum = add(sum, parts[i]);
+    }
   }
   if (sum.sum == 0) return -1;
   // An lse of +inf leaves nothing of the row; inf - inf would make it NaN.
@@ -157,9 +178,13 @@ CSP_DEVICE int row_constant(const ScoreArgs& a, const Head& head, int row, float
 
 // ---- output ----
 
+CSP_DEVICE int64_t column_at(const ScoreArgs& a, const Head& head, int key) {
+  return (a.first_head + head.in_launch) * a.out_stride + key;
+}
+
 CSP_DEVICE void store_columns(const ScoreArgs& a, const Head& head, int key, int modality, float self,
                               float cross) {
-  const int64_t at = (a.first_head + head.in_launch) * a.out_stride + key;
+  const int64_t at = column_at(a, head, key);
   // Padding gets 0, whatever its key held.
   global<float>(a.self)[at] = modality < 0 ? 0.0f : self * a.mean;
   global<float>(a.cross)[at] = modality < 0 ? 0.0f : cross * a.mean;

@@ -29,22 +29,23 @@ void score_cluster(const ScoreArgs a) {
                 kStages = ClusterShape<kRows>::kStages;
   constexpr int kUnitElements = kScoreStep * kDim, kUnitKeys = kWarps * kScoreStep;
   constexpr int kRowTiles = kRows / 8;
+  const int warp = uniform_warp();
   SharedArena arena;
   const Shared<T> queries = arena.take<T>(kRows * kDim);
   const Shared<T> stages = arena.take<T>(kStages * kWarps * kUnitElements);
   const Shared<float> sums = arena.take<float>(kWarps * kRows * 2);  // [warp, row, top and sum]
-  const Shared<int8_t> my_modality = arena.take<int8_t>(kUnits * kUnitKeys) + warp() * kUnits * kScoreStep;
+  const Shared<int8_t> my_modality = arena.take<int8_t>(kUnits * kUnitKeys) + warp * kUnits * kScoreStep;
   const RowTable table{arena.take<float>(kRows), arena.take<int8_t>(kRows),
                        arena.take<int8_t>(kRows / kScoreStep)};
 
-  const int split = static_cast<int>(block_x() % a.splits);
-  const Head head = head_of(a, block_x() / a.splits);
+  const int split = block() % a.splits;
+  const Head head = head_of(a, block() / a.splits);
   const int begin = split * a.split_keys;
   const int left = a.keys - begin;
   const int end = left < a.split_keys ? a.keys : begin + a.split_keys;
-  const int my_first = begin + warp() * kScoreStep;
+  const int my_first = begin + warp * kScoreStep;
   const Global<const T> keys = keys_of<T>(a, head);
-  const Shared<T> my_stages = stages + warp() * kStages * kUnitElements;
+  const Shared<T> my_stages = stages + warp * kStages * kUnitElements;
   const auto copy_unit = [&](int unit) {
     const int first = my_first + unit * kUnitKeys;
     if (unit < kUnits && first < end) {
@@ -58,6 +59,11 @@ void score_cluster(const ScoreArgs a) {
   copy_async_commit();
   CSP_UNROLL
   for (int unit = 0; unit < kStages; ++unit) copy_unit(unit);
+  CSP_UNROLL
+  for (int unit = 0; unit < kUnits; unit += 2) {
+    const int first = my_first + (unit + lane() / 16) * kUnitKeys;
+    my_modality[unit * 16 + lane()] = static_cast<int8_t>(key_modality(a, head, first + lane() % 16, end));
+  }
   copy_async_wait<kStages>();
   sync_block();
 
@@ -69,7 +75,6 @@ void score_cluster(const ScoreArgs a) {
   CSP_UNROLL
   for (int unit = 0; unit < kUnits; ++unit) {
     const int first = my_first + unit * kUnitKeys;
-    const int modality = key_modality(a, head, first + lane() % 16, end);
     CSP_UNROLL
     for (int n = 0; n < kRowTiles; ++n) {
       CSP_UNROLL
@@ -77,8 +82,8 @@ void score_cluster(const ScoreArgs a) {
     }
     copy_async_wait<kStages - 1>();
     sync_warp();
+    const int8_t modality = my_modality[unit * 16 + lane() % 16];
     const uint32_t real = ballot(modality >= 0) & 0xffffu;
-    if (lane() < 16) my_modality[unit * kScoreStep + lane()] = static_cast<int8_t>(modality);
     if (real != 0) {
       const Shared<T> unit_keys = my_stages + unit % kStages * kUnitElements;
       CSP_UNROLL
@@ -131,7 +136,7 @@ void score_cluster(const ScoreArgs a) {
       }
       sum = reduce_row_lanes(sum, Add());
       if (lane() / 4 == 0) {
-        store_vec(sums + 2 * (warp() * kRows + row_at(n, e)), Vec<float, 2>{{top, sum}});
+        store_vec(sums + 2 * (warp * kRows + row_at(n, e)), Vec<float, 2>{{top, sum}});
       }
     }
   }
@@ -143,8 +148,7 @@ void score_cluster(const ScoreArgs a) {
       const Vec<float, 2> part = load_vec<2>(sums + 2 * (w * kRows + thread()));
       row = add(row, {part[0], part[1]});
     }
-    const int64_t at = (head.in_launch * a.rows + thread()) * a.splits + split;
-    store_row_sum(global<float>(a.partials) + 2 * at, row);
+    store_row_sum(global<float>(a.partials) + partial_at(a, head, thread(), split), row);
   }
   sync_cluster();
   fill_rows<kClusterThreads>(a, head, table, 0, kRows);
@@ -156,7 +160,7 @@ void score_cluster(const ScoreArgs a) {
   for (int n = 0; n < kRowTiles; ++n) {
     CSP_UNROLL
     for (int e = 0; e < 2; ++e) {
-      const float top = sums[2 * (warp() * kRows + row_at(n, e))];
+      const float top = sums[2 * (warp * kRows + row_at(n, e))];
       weight[n][e] = exp2_approx(top - table.constant[row_at(n, e)]);
     }
   }
@@ -208,7 +212,7 @@ void score_cluster(const ScoreArgs a) {
     if (key < end) {
       const Global<float> out = global<float>(lane() % 4 < 2 ? a.self : a.cross);
       const bool real = (k == 0 ? modality[0] : modality[1]) >= 0;
-      out[(a.first_head + head.in_launch) * a.out_stride + key] = real ? mine * a.mean : 0.0f;
+      out[column_at(a, head, key)] = real ? mine * a.mean : 0.0f;
     }
   }
 }

@@ -98,14 +98,13 @@ CSP_DEVICE void tile_logits(const ScoreArgs& a, const FmaTiles& tiles, Global<co
 
 // First pass. A block: 32 rows of a head and one split of its keys.
 template <typename T>
-CSP_KERNEL(kFmaThreads, 4)
+CSP_KERNEL(kFmaThreads, 3)
 void score_rows_fma(const ScoreArgs a) {
   CSP_SHARED(float, query_tile, kFmaRows* kFmaStride);
   CSP_SHARED(float, key_tile, kFmaKeys* kFmaStride);
-  const int split = static_cast<int>(block_x() % a.splits);
-  const int64_t block = block_x() / a.splits;
-  const Head head = head_of(a, block / a.row_tiles);
-  const int first = static_cast<int>(block % a.row_tiles) * kFmaRows;
+  const int split = block() % a.splits, row_tile = block() / a.splits;
+  const Head head = head_of(a, row_tile / a.row_tiles);
+  const int first = row_tile % a.row_tiles * kFmaRows;
   const int key_thread = thread() % kKeyThreads, row_thread = thread() / kKeyThreads;
 
   int last[kMyRows];
@@ -154,14 +153,14 @@ void score_rows_fma(const ScoreArgs a) {
 
 // Second pass. A block: 128 keys of a head against all rows that see one of them.
 template <typename T>
-CSP_KERNEL(kFmaThreads, 4)
+CSP_KERNEL(kFmaThreads, 3)
 void score_columns_fma(const ScoreArgs a) {
   CSP_SHARED(float, query_tile, kFmaRows* kFmaStride);
   CSP_SHARED(float, key_tile, kFmaKeys* kFmaStride);
   CSP_SHARED(float, constants, kFmaRows);
   CSP_SHARED(int, modalities, kFmaRows);
-  const Head head = head_of(a, a.num_heads - 1 - block_x() / a.column_tiles);
-  const int first_key = static_cast<int>(block_x() % a.column_tiles) * kFmaKeys;
+  const Head head = head_of(a, a.num_heads - 1 - block() / a.column_tiles);
+  const int first_key = block() % a.column_tiles * kFmaKeys;
   const int key_thread = thread() % kKeyThreads, row_thread = thread() / kKeyThreads;
 
   int modality[kMyKeys];

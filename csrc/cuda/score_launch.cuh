@@ -54,18 +54,19 @@ template <typename RowKernel, typename ColumnKernel>
 CudaStatus launch_two_passes(const ScoreCudaPlan& plan, const CudaContext& context, int32_t threads,
                              score_kernels::ScoreArgs args, const char* rows_name, RowKernel rows_kernel,
                              const char* columns_name, ColumnKernel columns_kernel) {
-  for (; args.first_head < plan.heads; args.first_head += plan.heads_per_launch) {
-    const int64_t left = plan.heads - args.first_head;
-    args.num_heads = left < plan.heads_per_launch ? left : plan.heads_per_launch;
+  for (int64_t first = 0; first < plan.heads; first += plan.heads_per_launch) {
+    const int64_t left = plan.heads - first;
+    args.first_head = static_cast<int32_t>(first);
+    args.num_heads = static_cast<int32_t>(left < plan.heads_per_launch ? left : plan.heads_per_launch);
     LaunchShape shape;
     shape.threads = threads;
     if (plan.has_first_pass) {
-      shape.x = args.num_heads * plan.row_tiles * plan.splits;
+      shape.x = int64_t{args.num_heads} * plan.row_tiles * plan.splits;
       shape.shared_bytes = plan.rows_shared;
       const CudaStatus status = simt::launch(context, shape, rows_name, rows_kernel, args);
       if (!status.ok()) return status;
     }
-    shape.x = args.num_heads * plan.column_tiles;
+    shape.x = int64_t{args.num_heads} * plan.column_tiles;
     shape.shared_bytes = plan.columns_shared;
     const CudaStatus status = simt::launch(context, shape, columns_name, columns_kernel, args);
     if (!status.ok()) return status;
@@ -84,7 +85,7 @@ CudaStatus launch_score_mma(const ScoreCudaPlan& plan, const CudaContext& contex
 template <typename T, int kDim, int kRows>
 CudaStatus launch_score_cluster(const ScoreCudaPlan& plan, const CudaContext& context,
                                 score_kernels::ScoreArgs args) {
-  args.num_heads = plan.heads;
+  args.num_heads = static_cast<int32_t>(plan.heads);
   LaunchShape shape;
   shape.x = plan.heads * plan.splits;
   shape.threads = kClusterThreads;

@@ -20,7 +20,7 @@ struct Tile {
   // Neighbouring threads that copy one row.
   static constexpr int kLanes = kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
 
-  static CSP_DEVICE int permute(int row) { return row / (8 / kPhases) % kPhases; }
+  static CSP_DEVICE int permute(unsigned row) { return static_cast<int>(row / (8 / kPhases) % kPhases); }
   static CSP_DEVICE int at(int row, int chunk) { return row * kDim + (chunk ^ permute(row)) * 8; }
 };
 
@@ -51,11 +51,12 @@ CSP_DEVICE void copy_keys(const ScoreArgs& a, Shared<T> to, Global<const T> keys
   const int chunk = me % Rows::kLanes;
   const bool in_dim = 8 * chunk < a.head_dim;
   if (chunk >= Rows::kChunks) return;
+  const int mine = me / Rows::kLanes;
+  Global<const T> from = keys + ((first + mine) * a.key_stride.row + 8 * chunk);
   CSP_UNROLL
   for (int base = 0; base < count; base += kStride) {
-    const int row = base + me / Rows::kLanes;
-    const int64_t at = static_cast<int64_t>(first + row) * a.key_stride.row + 8 * chunk;
-    copy_async(to + Rows::at(row, chunk), keys + at, in_dim && first + row < end);
+    copy_async(to + Rows::at(base + mine, chunk), from, in_dim && first + base + mine < end);
+    from += kStride * a.key_stride.row;
   }
 }
 
@@ -100,13 +101,12 @@ CSP_DEVICE void multiply(float (&d)[2][2][4], const uint32_t (&stationary)[2][kD
   }
 }
 
-// ---- first pass ----
-
-// Bit k of the result: key first + k of the step is no padding. `word` holds 32 such bits in lane w for keys
-// 32 w.. of the tile.
-CSP_DEVICE uint32_t step_bits(uint32_t word, int step) {
-  return shuffle(word, step / 2) >> (step % 2 * 16) & 0xffffu;
+// warp(), in a way that the compiler sees to be the same in every lane, so that it costs no register of each.
+CSP_DEVICE int uniform_warp() {
+  return shuffle(warp(), 0);
 }
+
+// ---- first pass ----
 
 // A block: a row tile of a head and one split of its keys. Its warps are a grid of row_warps x key_warps, as
 // the number of rows allows; the sums of the key_warps are added at the end.
@@ -118,20 +118,19 @@ void score_rows_mma(const ScoreArgs a) {
   SharedArena arena;
   const Shared<T> stages = arena.take<T>(kMmaStages * kTileElements);
   const Shared<float> sums = arena.take<float>(kMmaThreads * 2);
+  const Shared<uint32_t> real_keys = arena.take<uint32_t>(2 * kWords);  // a bit for each key of two tiles
 
-  const int split = static_cast<int>(block_x() % a.splits);
-  const int64_t block = block_x() / a.splits;
-  const Head head = head_of(a, block / a.row_tiles);
-  const int first = static_cast<int>(block % a.row_tiles) * a.tile_rows;
+  const int split = block() % a.splits, row_tile = block() / a.splits;
+  const Head head = head_of(a, row_tile / a.row_tiles);
+  const int first = row_tile % a.row_tiles * a.tile_rows;
   const int count = a.rows - first < a.tile_rows ? a.rows - first : a.tile_rows;
 
   const int warp_rows = (count + kScoreStationary - 1) / kScoreStationary;
   const int row_warps = warp_rows > 4 ? 8 : warp_rows > 2 ? 4 : warp_rows;
   const int key_warps = kWarps / row_warps < kSteps ? kWarps / row_warps : kSteps;
-  const int row_warp = warp() % row_warps, key_warp = warp() / row_warps;
+  const int me = uniform_warp(), row_warp = me % row_warps, key_warp = me / row_warps;
   const int my_first = first + row_warp * kScoreStationary;
   const bool busy = row_warp < warp_rows && key_warp < key_warps;
-  const int sure = last_key(a, my_first);  // every row of the warp sees the keys up to here
 
   // Keys that some row of the block sees.
   const int begin = split * a.split_keys;
@@ -177,29 +176,22 @@ void score_rows_mma(const ScoreArgs a) {
 
   // This lane holds rows g, g + 8, g + 16 and g + 24 of its warp, g = lane / 4.
   RowSum rows[4];
-  int modality[kWords];  // of keys lane, lane + 32, ... of the next tile
+  // Of the next tile, warp w looks at keys 32 w.. + 32.
   const auto load_modality = [&](int tile) {
-    CSP_UNROLL
-    for (int w = 0; w < kWords; ++w) {
-      const int key = begin + tile * kTile + 32 * w + lane();
-      modality[w] = key_modality(a, head, key, end);
-    }
+    return warp() < kWords ? key_modality(a, head, begin + tile * kTile + thread(), end) : -1;
   };
-  load_modality(0);
+  const auto store_modality = [&](int tile, int modality) {
+    const uint32_t bits = ballot(modality >= 0);
+    if (warp() < kWords && lane() == 0) real_keys[tile % 2 * kWords + warp()] = bits;
+  };
+  store_modality(0, load_modality(0));
   for (int tile = 0; tile < tiles; ++tile) {
-    uint32_t word = 0;
-    CSP_UNROLL
-    for (int w = 0; w < kWords; ++w) {
-      const uint32_t bits = ballot(modality[w] >= 0);
-      if (lane() == w) word = bits;
-    }
-    load_modality(tile + 1);
     copy_async_wait<kMmaStages - 2>();
     sync_block();
     copy_tile(tile + kMmaStages - 1);
-    if (!busy) continue;
-    for (int step = key_warp; step < kSteps; step += key_warps) {
-      const uint32_t bits = step_bits(word, step);
+    const int next_modality = load_modality(tile + 1);
+    for (int step = busy ? key_warp : kSteps; step < kSteps; step += key_warps) {
+      const uint32_t bits = uint32_t(real_keys[tile % 2 * kWords + step / 2]) >> (step % 2 * 16) & 0xffffu;
       if (bits == 0) continue;
       float t[2][2][4] = {};
       multiply<T, kDim>(t, q, stages + tile % kMmaStages * kTileElements, step * kScoreStep);
@@ -212,16 +204,16 @@ void score_rows_mma(const ScoreArgs a) {
         }
       }
       const int key = begin + tile * kTile + step * kScoreStep;
-      if (bits != 0xffffu || key + kScoreStep - 1 > sure) {
+      if (bits != 0xffffu || first_row(a, key + kScoreStep - 1) > my_first) {
         CSP_UNROLL
-        for (int m = 0; m < 2; ++m) {
+        for (int n = 0; n < 2; ++n) {
           CSP_UNROLL
           for (int e = 0; e < 4; ++e) {
-            const int last = last_key(a, my_first + 16 * m + e / 2 * 8 + lane() / 4) - key;
+            const int k = 8 * n + lane() % 4 * 2 + e % 2;
+            const int from = (bits >> k & 1) != 0 ? first_row(a, key + k) : a.rows;
             CSP_UNROLL
-            for (int n = 0; n < 2; ++n) {
-              const int k = 8 * n + lane() % 4 * 2 + e % 2;
-              if (k > last || (bits >> k & 1) == 0) t[m][n][e] = -kInfinity;
+            for (int m = 0; m < 2; ++m) {
+              if (my_first + 16 * m + e / 2 * 8 + lane() / 4 < from) t[m][n][e] = -kInfinity;
             }
           }
         }
@@ -248,6 +240,7 @@ void score_rows_mma(const ScoreArgs a) {
                        (exp2_approx(x[1][e] - shift) + exp2_approx(x[1][e + 1] - shift));
       }
     }
+    store_modality(tile + 1, next_modality);
   }
   copy_async_wait<0>();
 
@@ -268,8 +261,7 @@ void score_rows_mma(const ScoreArgs a) {
       const Vec<float, 2> part = load_vec<2>(sums + 2 * (w * row_warps * kScoreStationary + thread()));
       row = add(row, {part[0], part[1]});
     }
-    const int64_t at = (head.in_launch * a.rows + first + thread()) * a.splits + split;
-    store_row_sum(global<float>(a.partials) + 2 * at, row);
+    store_row_sum(global<float>(a.partials) + partial_at(a, head, first + thread(), split), row);
   }
 }
 
@@ -299,23 +291,26 @@ CSP_DEVICE void fill_rows(const ScoreArgs& a, const Head& head, const RowTable& 
   }
 }
 
-// Column sums of the four keys of a lane. Rows of one modality add up in `run` until another comes.
+// Column sums of the four keys of a lane: g, g + 8, g + 16 and g + 24 of its warp, g = lane / 4. Rows of one
+// modality add up in registers until another comes, the rest is in shared memory, where each thread has its
+// own places.
 struct ColumnSums {
-  float self[4] = {};
-  float cross[4] = {};
+  static constexpr int kCross = 4 * kMmaThreads;
+  Shared<float> mine;                 // key k: self at k * kMmaThreads, cross kCross further on
+  Shared<const int8_t> key_modality;  // key k: at 8 k
   float run[4] = {};
   int run_modality = -1;
 
-  CSP_DEVICE void flush(const int (&key_modality)[4]) {
+  CSP_DEVICE void add(int k, float p, bool same) { mine[k * kMmaThreads + (same ? 0 : kCross)] += p; }
+  CSP_DEVICE bool is_own(int k, int modality) const {
+    return static_cast<int8_t>(key_modality[8 * k]) == modality;
+  }
+  CSP_DEVICE void flush() {
     CSP_UNROLL
     for (int k = 0; k < 4; ++k) {
-      add(k, run[k], key_modality[k] == run_modality);
+      add(k, run[k], is_own(k, run_modality));
       run[k] = 0;
     }
-  }
-  CSP_DEVICE void add(int k, float p, bool same) {
-    self[k] += same ? p : 0.0f;
-    cross[k] += same ? 0.0f : p;
   }
 };
 
@@ -330,24 +325,21 @@ void score_columns_mma(const ScoreArgs a) {
   SharedArena arena;
   const Shared<T> key_tile = arena.take<T>(tile_keys * kDim);
   const Shared<T> stages = arena.take<T>(2 * kTile * kDim);
+  const Shared<int8_t> modality = arena.take<int8_t>(tile_keys);
+  const Shared<float> slots =
+      arena.take<float>(8 * kMmaThreads);  // [self and cross, key of the lane, thread]
   const RowTable table{arena.take<float>(kMmaConstantRows), arena.take<int8_t>(kMmaConstantRows),
                        arena.take<int8_t>(kMmaConstantRows / kScoreStep)};
 
-  const Head head = head_of(a, a.num_heads - 1 - block_x() / a.column_tiles);
-  const int first_key = static_cast<int>(block_x() % a.column_tiles) * tile_keys;
+  const Head head = head_of(a, a.num_heads - 1 - block() / a.column_tiles);
+  const int first_key = block() % a.column_tiles * tile_keys;
   const int row_warps = kWarps / a.key_warps < kSteps ? kWarps / a.key_warps : kSteps;
   const int key_warp = warp() % a.key_warps, row_warp = warp() / a.key_warps;
   const int my_keys = first_key + key_warp * kScoreStationary;
 
-  // This lane holds keys g, g + 8, g + 16 and g + 24 of its warp, g = lane / 4.
-  int modality[4];
-  bool real = false;
-  CSP_UNROLL
-  for (int k = 0; k < 4; ++k) {
-    modality[k] = key_modality(a, head, my_keys + 8 * k + lane() / 4, a.keys);
-    real |= modality[k] >= 0;
-  }
-  if (!sync_block_any(real)) {
+  const int my_modality = thread() < tile_keys ? key_modality(a, head, first_key + thread(), a.keys) : -1;
+  if (thread() < tile_keys) modality[thread()] = static_cast<int8_t>(my_modality);
+  if (!sync_block_any(my_modality >= 0)) {
     if (thread() < tile_keys && first_key + thread() < a.keys) {
       store_columns(a, head, first_key + thread(), -1, 0, 0);
     }
@@ -369,35 +361,36 @@ void score_columns_mma(const ScoreArgs a) {
   };
   copy_keys<kDim, kMmaThreads>(a, key_tile, keys_of<T>(a, head), first_key, tile_keys, a.keys, thread());
   copy_tile(begin);
-  fill_table(begin);
-  copy_async_wait<0>();
-  sync_block();
-  uint32_t k_fragments[2][kDim / 16][4];
-  CSP_UNROLL
-  for (int step = 0; step < kDim / 16; ++step) {
-    CSP_UNROLL
-    for (int m = 0; m < 2; ++m) {
-      load_fragments<kDim, true>(k_fragments[m][step], key_tile, key_warp * kScoreStationary + 16 * m, step);
-    }
-  }
 
-  ColumnSums sums;
-  // The first rows that see some of the warp's keys, and all of them.
-  const int some = first_row(a, my_keys), all = first_row(a, my_keys + kScoreStationary - 1);
+  const int all = first_row(a, my_keys + kScoreStationary - 1);  // the first row that sees the warp's keys
+  ColumnSums sums{slots + thread(), modality + key_warp * kScoreStationary + lane() / 4};
+  CSP_UNROLL
+  for (int k = 0; k < 8; ++k) sums.mine[k * kMmaThreads] = 0.0f;
+  uint32_t k_fragments[2][kDim / 16][4] = {};
   int table_row = begin;
   for (int row = begin; row < a.rows; row += kTile) {
-    if (row - table_row == kMmaConstantRows) {
+    if ((row - begin) % kMmaConstantRows == 0) {
       sync_block();
       fill_table(row);
       table_row = row;
     }
     copy_async_wait<0>();
     sync_block();
+    if (row == begin) {
+      CSP_UNROLL
+      for (int step = 0; step < kDim / 16; ++step) {
+        CSP_UNROLL
+        for (int m = 0; m < 2; ++m) {
+          load_fragments<kDim, true>(k_fragments[m][step], key_tile, key_warp * kScoreStationary + 16 * m,
+                                     step);
+        }
+      }
+    }
     copy_tile(row + kTile);
     for (int step = row_warp; step < kSteps; step += row_warps) {
       const int step_row = row + step * kScoreStep;
       const int at = step_row - table_row;
-      if (step_row >= a.rows || step_row + kScoreStep <= some) continue;
+      if (step_row >= a.rows) break;
       const int common = table.common[at / kScoreStep];
       if (common == -1) continue;
       float t[2][2][4] = {};
@@ -413,7 +406,7 @@ void score_columns_mma(const ScoreArgs a) {
       }
       if (common >= 0 && step_row >= all) {
         if (common != sums.run_modality) {
-          sums.flush(modality);
+          sums.flush();
           sums.run_modality = common;
         }
         CSP_UNROLL
@@ -424,47 +417,42 @@ void score_columns_mma(const ScoreArgs a) {
         }
       } else {
         CSP_UNROLL
-        for (int r = 0; r < 4; ++r) {
-          const int in_step = r / 2 * 8 + lane() % 4 * 2 + r % 2;
-          const int row_modality = static_cast<int8_t>(table.modality[at + in_step]);
+        for (int k = 0; k < 4; ++k) {
+          const int from = first_row(a, my_keys + 8 * k + lane() / 4) - step_row;
+          float self = 0, cross = 0;
           CSP_UNROLL
-          for (int k = 0; k < 4; ++k) {
-            const bool sees =
-                row_modality >= 0 && step_row + in_step >= first_row(a, my_keys + 8 * k + lane() / 4);
-            const float p = sees ? t[k / 2][r / 2][k % 2 * 2 + r % 2] : 0.0f;
-            sums.add(k, p, row_modality == modality[k]);
+          for (int r = 0; r < 4; ++r) {
+            const int in_step = r / 2 * 8 + lane() % 4 * 2 + r % 2;
+            const int row_modality = static_cast<int8_t>(table.modality[at + in_step]);
+            const float p = row_modality >= 0 && in_step >= from ? t[k / 2][r / 2][k % 2 * 2 + r % 2] : 0.0f;
+            const bool own = sums.is_own(k, row_modality);
+            self += own ? p : 0.0f;
+            cross += own ? 0.0f : p;
           }
+          sums.add(k, self, true);
+          sums.add(k, cross, false);
         }
       }
     }
   }
-  sums.flush(modality);
+  sums.flush();
   copy_async_wait<0>();
   sync_block();
 
-  // The row table is done with: the sums of the warps take its place, [row warp, self and cross, key].
-  CSP_UNROLL
-  for (int k = 0; k < 4; ++k) {
-    CSP_UNROLL
-    for (int mask = 1; mask <= 2; mask *= 2) {
-      sums.self[k] += shuffle_xor(sums.self[k], mask);
-      sums.cross[k] += shuffle_xor(sums.cross[k], mask);
-    }
-    if (lane() % 4 == 0 && row_warp < row_warps) {
-      const int at = row_warp * 2 * tile_keys + key_warp * kScoreStationary + 8 * k + lane() / 4;
-      table.constant[at] = sums.self[k];
-      table.constant[at + tile_keys] = sums.cross[k];
-    }
-  }
-  sync_block();
+  // A key's sums lie with four lanes of each row warp.
   const int key = first_key + thread();
   if (thread() < tile_keys && key < a.keys) {
     float self = 0, cross = 0;
     for (int w = 0; w < row_warps; ++w) {
-      self += table.constant[2 * w * tile_keys + thread()];
-      cross += table.constant[(2 * w + 1) * tile_keys + thread()];
+      const int owner = (w * a.key_warps + thread() / 32) * 32 + thread() % 8 * 4;
+      CSP_UNROLL
+      for (int lane = 0; lane < 4; ++lane) {
+        const int at = thread() % 32 / 8 * kMmaThreads + owner + lane;
+        self += slots[at];
+        cross += slots[at + ColumnSums::kCross];
+      }
     }
-    store_columns(a, head, key, key_modality(a, head, key, a.keys), self, cross);
+    store_columns(a, head, key, static_cast<int8_t>(modality[thread()]), self, cross);
   }
 }
 

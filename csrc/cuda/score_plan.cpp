@@ -25,12 +25,13 @@ bool rows_are_vectors(const Strides& stride, int64_t batch, int64_t heads, int64
 }
 
 int64_t rows_shared_bytes(int32_t dim) {
-  return int64_t{kMmaStages} * mma_key_tile(dim) * dim * 2 + kMmaThreads * 2 * 4;
+  return int64_t{kMmaStages} * mma_key_tile(dim) * dim * 2 + kMmaThreads * 2 * 4 + 2 * mma_key_tile(dim) / 8;
 }
 
 int64_t columns_shared_bytes(int32_t dim, int32_t key_warps) {
-  const int64_t tiles = int64_t{kScoreStationary} * key_warps + 2 * mma_query_tile(dim);
-  return tiles * dim * 2 + kMmaConstantRows * 5 + kMmaConstantRows / kScoreStep;
+  const int64_t keys = int64_t{kScoreStationary} * key_warps;
+  return (keys + 2 * mma_query_tile(dim)) * dim * 2 + keys + 8 * 4 * kMmaThreads + kMmaConstantRows * 5 +
+         kMmaConstantRows / kScoreStep;
 }
 
 int64_t cluster_shared_bytes(int32_t dim, int32_t rows) {
@@ -130,7 +131,7 @@ void plan_fma(ScoreCudaPlan& plan, const ScoreParams& p, const CudaDevice& devic
   plan.tile_rows = kFmaRows;
   plan.row_tiles = static_cast<int32_t>(ceil_div(plan.rows, kFmaRows));
   plan.column_tiles = static_cast<int32_t>(ceil_div(p.keys, kFmaKeys));
-  split_keys(plan, p.keys, kFmaKeys, 4 * device.multiprocessors);
+  split_keys(plan, p.keys, kFmaKeys, 3 * device.multiprocessors);
 }
 
 // Launches and row sums of the two passes.
