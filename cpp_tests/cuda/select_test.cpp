@@ -129,19 +129,167 @@ void draw_options(std::mt19937& generator, SelectParams& p) {
   }
 }
 
-TEST_P(SelectCuda, MatchesTheCpuKernel) {
-  std::mt19937 generator(static_cast<uint32_t>(GetParam()) + 1);
-  for (int i = 0; i < 150; ++i) {
-    const int64_t keys = 1 + generator() % (i % 5 == 0 ? 600 : 90);
-    Problem problem(GetParam(), 1 + i % 2, 1 + i % 3 / 2, keys, std::min<int64_t>(keys, generator() % 24));
+// Random problems, every one in another order of threads.
+void check_random(DType dtype, const SelectLimits& limits, int problems, uint32_t most_keys) {
+  std::mt19937 generator(static_cast<uint32_t>(dtype) + most_keys);
+  for (int i = 0; i < problems; ++i) {
+    const int64_t keys = 1 + generator() % most_keys;
+    Problem problem(dtype, 1 + i % 2, 1 + i % 3 / 2, keys, std::min<int64_t>(keys, generator() % 24));
     problem.fill(generator(), i % 4 == 0 ? 1 + generator() % 4 : 300);
     if (i % 4 == 1) problem.fill_real(generator());
     draw_options(generator, problem.params);
     seed_threads(generator());
-    problem.device = devices()[generator() % devices().size()];
-    problem.limits = i % 2 == 0 ? kBlocks : kSorts;
+    const std::vector<CudaDevice> all = devices();
+    problem.device = all[generator() % all.size()];
+    problem.limits = limits;
     problem.check();
-    if (HasFatalFailure()) return;
+    if (::testing::Test::HasFatalFailure()) return;
+  }
+}
+
+TEST_P(SelectCuda, MatchesTheCpuKernel) {
+  check_random(GetParam(), kBlocks, 150, 90);
+  check_random(GetParam(), kBlocks, 16, 700);
+}
+
+TEST_P(SelectCuda, SortsMatchTheCpuKernel) {
+  check_random(GetParam(), kSorts, 12, 120);
+}
+
+// Scores that crowd into few bins.
+TEST(SelectCudaScores, CrowdsAreDispersed) {
+  const auto score = [](int kind, uint32_t random) {
+    switch (kind) {
+      case 0:
+        return 0.25;
+      case 1:
+        return random % 2 ? 1.0 : 0.0;
+      case 2:
+        return std::ldexp(1.0, -static_cast<int>(random % 120));
+      case 3:  // one far out, the others side by side
+        return random % 300 == 0 ? 3e38 : 1 + 1e-6 * (random % 50);
+      default:
+        return random % 3 == 0 ? NAN : random % 3 == 1 ? INFINITY : -static_cast<double>(random % 7);
+    }
+  };
+  for (int kind = 0; kind < 5; ++kind) {
+    for (const Combine combine : {Combine::kIntersection, Combine::kUnion, Combine::kCalibrated}) {
+      Problem problem(DType::kFloat32, 1, 1, 500, 9);
+      std::mt19937 generator(static_cast<uint32_t>(kind));
+      for (size_t i = 0; i < 500; ++i) {
+        problem.self.set(i, score(kind, generator()));
+        problem.cross.set(i, score(kind, generator()));
+      }
+      problem.fill_modality(3);
+      problem.params.combine = combine;
+      problem.params.budget = 130;
+      problem.params.recent = 4;
+      problem.params.pool = static_cast<Pool>(kind % 3);
+      problem.check();
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// A row that does not fit into shared memory lies in the workspace; where not even its bins fit, it is
+// sorted.
+TEST(SelectCudaScores, LittleSharedMemory) {
+  for (const Combine combine : {Combine::kIntersection, Combine::kCalibrated}) {
+    for (const int64_t shared : {16 << 10, 4 << 10}) {
+      Problem problem(DType::kFloat32, 2, 5, 300, 9);
+      problem.fill_real(8);
+      problem.params.combine = combine;
+      problem.params.pool = Pool::kMax;
+      problem.params.budget = 80;
+      problem.device.multiprocessors = 2;
+      problem.device.shared_bytes = shared;
+      const SelectPlan plan = make_select_plan(problem.params, problem.device);
+      EXPECT_EQ(plan.by_block, shared > 10 << 10);
+      EXPECT_FALSE(plan.by_block && plan.in_shared);
+      problem.check();
+    }
+  }
+}
+
+TEST(SelectCudaScores, SortsOfSeveralTiles) {
+  for (const auto& [combine, keys] :
+       {std::pair{Combine::kIntersection, 9000}, {Combine::kCalibrated, 40000}}) {
+    Problem problem(DType::kFloat32, 1, 1, keys, 9);
+    problem.fill_real(4);
+    if (keys < 32768) problem.limits = kSorts;
+    problem.params.combine = combine;
+    problem.params.pool = Pool::kMax;
+    problem.params.budget = 2000;
+    problem.params.rho_thousandths = 437;
+    problem.check();
+  }
+}
+
+TEST(SelectCudaScores, LongRowsInABlock) {
+  for (const Combine combine : {Combine::kUnion, Combine::kCalibrated}) {
+    Problem problem(DType::kFloat32, 1, 1, 5000, 9);
+    problem.fill_real(5);
+    problem.params.combine = combine;
+    problem.params.budget = 900;
+    problem.check();
+  }
+}
+
+TEST(SelectCudaScores, TheOrderOfThreadsDoesNotChangeABit) {
+  for (const SelectLimits& limits : {kBlocks, kSorts}) {
+    Problem problem(DType::kFloat16, 1, 2, 200, 9);
+    problem.fill_real(6);
+    problem.limits = limits;
+    problem.params.combine = limits.block_keys == 0 ? Combine::kCalibrated : Combine::kUnion;
+    problem.params.pool = Pool::kAvg;
+    problem.params.budget = 50;
+    const auto first = problem.on_device();
+    seed_threads(99);
+    EXPECT_EQ(problem.on_device(), first);
+  }
+}
+
+TEST(SelectCudaLauncher, EmptyProblems) {
+  for (const auto& [batch, heads, keys] : {std::tuple{0, 2, 5}, {2, 0, 5}, {2, 3, 0}}) {
+    Problem problem(DType::kFloat32, batch, heads, keys, std::min(keys, 2));
+    problem.params.budget = 4;
+    problem.check();
+  }
+}
+
+TEST(SelectCudaLauncher, RefusesFloat64AndASmallWorkspace) {
+  SelectParams params;
+  params.batch = params.score_heads = 1;
+  params.keys = 1 << 16;
+  params.budget = 3;
+  const CudaDevice device = devices()[0];
+  const size_t bytes = select_cuda_workspace_bytes(params, device);
+  EXPECT_GT(bytes, 0u);
+  EXPECT_FALSE(select_cuda(params, Launch(device, bytes - 1).context()).ok());
+  params.dtype = DType::kFloat64;
+  EXPECT_STREQ(select_cuda(params, Launch(device, bytes).context()).reason,
+               "float64 is not supported on CUDA");
+}
+
+TEST(SelectCudaPlan, LaunchesDoNotDependOnTheBudget) {
+  SelectParams params;
+  params.batch = 2;
+  params.score_heads = 8;
+  for (const Combine combine : {Combine::kIntersection, Combine::kCalibrated}) {
+    params.combine = combine;
+    for (const int64_t keys : {4096, 32768, 1 << 20}) {
+      params.keys = keys;
+      int64_t launches = 0;
+      for (const int64_t budget : {1, 4096, 1 << 19}) {
+        params.budget = budget;
+        const Plan plan = plan_select_cuda(params, CudaDevice());
+        EXPECT_TRUE(budget == 1 || plan.launches == launches);
+        launches = plan.launches;
+        EXPECT_EQ(plan.workspace_bytes,
+                  static_cast<int64_t>(select_cuda_workspace_bytes(params, CudaDevice())));
+      }
+      EXPECT_EQ(launches == 1, keys <= 32768);
+    }
   }
 }
 

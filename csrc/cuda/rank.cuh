@@ -54,6 +54,40 @@ CSP_DEVICE uint32_t scan_warps(uint32_t value, Shared<uint32_t> scratch, uint32_
   return warp() > 0 ? below : 0;
 }
 
+// Counts become beginnings, in place: each the sum of all before it. `size` is a multiple of kScanStep and
+// the counts are 16-byte aligned; see(four) gets to see them before. For all threads of the block, without a
+// barrier at the end.
+constexpr int kScanStep = 4 * 32;
+
+template <int kWarps, typename Pointer, typename See>
+CSP_DEVICE void scan_counts(Pointer counts, int64_t size, Shared<uint32_t> scratch, See see) {
+  const int64_t span = (size + kScanStep * kWarps - 1) / (kScanStep * kWarps) * kScanStep;
+  const int64_t begin = warp() * span, end = begin + span < size ? begin + span : size;
+  uint32_t sum = 0, total = 0;
+  CSP_NO_UNROLL
+  for (int64_t step = begin; step < end; step += kScanStep) {
+    const Vec<uint32_t, 4> four = load_vec<4>(counts + (step + 4 * lane()));
+    sum += four[0] + four[1] + four[2] + four[3];
+    see(four);
+  }
+  uint32_t base = scan_warps<kWarps>(reduce_warp(sum, Add()), scratch, total);
+  CSP_NO_UNROLL
+  for (int64_t step = begin; step < end; step += kScanStep) {
+    Vec<uint32_t, 4> four = load_vec<4>(counts + (step + 4 * lane()));
+    const uint32_t own = four[0] + four[1] + four[2] + four[3];
+    const uint32_t up_to = scan_warp(own);
+    uint32_t next = base + up_to - own;
+    base += shuffle(up_to, 31);
+    CSP_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const uint32_t count = four[e];
+      four[e] = next;
+      next += count;
+    }
+    store_vec(counts + (step + 4 * lane()), four);
+  }
+}
+
 // ---- the best k ----
 
 constexpr int kDigitBits = 11;

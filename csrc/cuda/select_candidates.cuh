@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cmath>
+
 #include "csp/select.h"
 #include "rank.cuh"
 

@@ -266,7 +266,7 @@ struct Row {
 
   // ---- ranking: keys are spread over as many bins as there are candidates, then compared inside a bin ----
 
-  CSP_DEVICE int bin_count() const { return (count + 128) / 128 * 128; }
+  CSP_DEVICE int bin_count() const { return (count + kScanStep) / kScanStep * kScanStep; }
 
   CSP_DEVICE void clear(int size) const {
     CSP_NO_UNROLL
@@ -276,38 +276,11 @@ struct Row {
 
   // The counts of the bins become their beginnings; says whether one is a crowd.
   CSP_DEVICE bool scan_bins() const {
-    constexpr int kStep = 4 * 32;
-    const int size = bin_count();
-    const int span = (size + kStep * kWarps - 1) / (kStep * kWarps) * kStep;
-    const int begin = warp() * span, end = begin + span < size ? begin + span : size;
-    uint32_t sum = 0;
     bool crowd = false;
-    CSP_NO_UNROLL
-    for (int i = begin + 4 * lane(); i < end; i += kStep) {
-      const Four four = load_vec<4>(bins + i);
+    scan_counts<kWarps>(bins, bin_count(), selector.scratch, [&](const Four& four) {
       CSP_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        sum += four[e];
-        crowd |= four[e] > kCrowd;
-      }
-    }
-    uint32_t all = 0;
-    uint32_t base = scan_warps<kWarps>(reduce_warp(sum, Add()), selector.scratch, all);
-    CSP_NO_UNROLL
-    for (int i = begin + 4 * lane(); i - 4 * lane() < end; i += kStep) {
-      Four four = load_vec<4>(bins + i);
-      const uint32_t own = four[0] + four[1] + four[2] + four[3];
-      const uint32_t up_to = scan_warp(own);
-      uint32_t next = base + up_to - own;
-      base += shuffle(up_to, 31);
-      CSP_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const uint32_t size_here = four[e];
-        four[e] = next;
-        next += size_here;
-      }
-      store_vec(bins + i, four);
-    }
+      for (int e = 0; e < 4; ++e) crowd |= four[e] > kCrowd;
+    });
     return sync_block_any(crowd);
   }
 

@@ -292,18 +292,7 @@ void select_scan_kernel(SortArgs a) {
   const int64_t segment = block_x() / a.rows * a.plan.rows + block_x() % a.rows;
   const int64_t size = a.plan.tiles * kSortDigits;
   const Global<uint32_t> counts = a.at<uint32_t>(a.plan.layout.counts) + segment * size;
-  const int64_t span = (size + 32 * kWarps - 1) / (32 * kWarps) * 32;
-  const int64_t begin = warp() * span, end = begin + span < size ? begin + span : size;
-  uint32_t sum = 0, total = 0;
-  for (int64_t i = begin + lane(); i < end; i += 32) sum += uint32_t(counts[i]);
-  uint32_t base = scan_warps<kWarps>(reduce_warp(sum, Add()), scratch, total);
-  for (int64_t strip = begin; strip < end; strip += 32) {
-    const int64_t i = strip + lane();
-    const uint32_t own = i < end ? uint32_t(counts[i]) : 0;
-    const uint32_t up_to = scan_warp(own);
-    if (i < end) counts[i] = base + up_to - own;
-    base += shuffle(up_to, 31);
-  }
+  scan_counts<kWarps>(counts, size, Shared<uint32_t>(scratch), [](const Vec<uint32_t, 4>&) {});
 }
 
 CSP_KERNEL(kSortThreads, 2)
