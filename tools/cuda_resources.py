@@ -88,14 +88,14 @@ def parse(text: str, source: str = "") -> list[Kernel]:
 
 def short(name: str) -> str:
     """Return a demangled kernel's name and template arguments, without namespaces and parameters."""
-    depth, end = 0, len(name)
-    for place, letter in enumerate(name):
+    plain = re.sub(r"(\(anonymous namespace\)|\w+)::", "", name.removeprefix("void "))
+    depth = 0
+    for place, letter in enumerate(plain):
         depth += {"<": 1, ">": -1}.get(letter, 0)
-        if letter == "(" and depth == 0 and not name.startswith("(anonymous namespace)", place):
-            end = place
+        if letter == "(" and depth == 0:
+            plain = plain[:place]
             break
-    plain = name[:end].removeprefix("void ").replace("(anonymous namespace)::", "")
-    return re.sub(r"\b(?:csp|simt)::", "", plain).replace("__nv_bfloat16", "bf16").replace("__half", "half")
+    return plain.replace("__nv_bfloat16", "bf16").replace("__half", "half")
 
 
 def demangled(kernels: Iterable[Kernel]) -> list[Kernel]:
