@@ -574,6 +574,7 @@ void select_row_kernel(SelectParams p, SelectPlan plan, void* workspace) {
       }
       const uint32_t kept = ballot(keep);
       kept_here += popcount(kept);
+      sync_warp();  // every lane has read the mask that lane 0 replaces
       if (lane() == 0) masks[strip / 32] = kept;
     }
     uint32_t kept_keys = 0;
