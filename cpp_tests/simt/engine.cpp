@@ -9,7 +9,6 @@
 #include <map>
 #include <new>
 #include <sstream>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -125,7 +124,7 @@ struct Warp : Group {
 };
 
 struct SharedMemory {
-  SharedMemory(size_t bytes)
+  explicit SharedMemory(size_t bytes)
       : data(static_cast<std::byte*>(std::aligned_alloc(16, (bytes + 31) / 16 * 16))),
         size(bytes),
         shadow(bytes, false) {}
@@ -216,6 +215,11 @@ bool same(const Site& a, const Site& b) {
   return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
 }
 
+[[noreturn]] void refuse(const std::string& what) {
+  throw Violation((engine.kernel.empty() ? "no kernel" : engine.kernel) + ": " + what + " [seed " +
+                  std::to_string(engine.seed) + "]");
+}
+
 Warp& warp_of(const Thread& thread) {
   return thread.block->warps[static_cast<size_t>(thread.where.thread / kWarp)];
 }
@@ -270,10 +274,10 @@ void refuse_if_stuck(const std::vector<Block>& blocks) {
       if (thread.done) continue;
       if (first == nullptr) first = &thread;
       if (std::strcmp(first->waits_at, thread.waits_at) == 0) continue;
-      throw Violation(engine.kernel + ": " + waiting(*first) + " for ever, while " + waiting(thread));
+      refuse(waiting(*first) + " for ever, while " + waiting(thread));
     }
   }
-  if (first != nullptr) throw Violation(engine.kernel + ": " + waiting(*first) + " for ever");
+  if (first != nullptr) refuse(waiting(*first) + " for ever");
 }
 
 void noise(std::byte* data, size_t bytes, Random& random) {
@@ -615,8 +619,7 @@ Allocation* allocation_at(const void* p) {
 
 void violation(const std::string& what, const Site& site) {
   const std::string who = engine.running == nullptr ? "the host" : words_of(*engine.running);
-  throw Violation((engine.kernel.empty() ? "no kernel" : engine.kernel) + ": " + who + words_of(site) + " " +
-                  what + " [seed " + std::to_string(engine.seed) + "]");
+  refuse(who + words_of(site) + " " + what);
 }
 
 void require_capability(int capability, const char* what, const Site& site) {
@@ -747,15 +750,12 @@ CudaStatus run(const CudaContext& context, const LaunchShape& shape, const char*
       (shape.cluster > 1 && context.device.capability < 90)) {
     return {kCudaInvalidValue, name};
   }
-  if (shape.threads % kWarp != 0) {
-    throw Violation(std::string(name) + ": " + std::to_string(shape.threads) +
-                    " threads are not whole warps");
-  }
   struct End {
     ~End() { engine.kernel.clear(); }
   } end;
   engine.kernel = name;
   if (engine.kernel.front() == '(') engine.kernel = engine.kernel.substr(1, engine.kernel.size() - 2);
+  if (shape.threads % kWarp != 0) refuse(std::to_string(shape.threads) + " threads are not whole warps");
   engine.shape = shape;
   engine.device = context.device;
   ++engine.launches;

@@ -55,6 +55,8 @@ struct Index {
 // written.
 template <typename T>
 class Reference {
+  static_assert(alignof(T) <= 16);
+
  public:
   using Value = std::remove_const_t<T>;
   Reference(Allocation* allocation, T* address, const Site& site)
