@@ -32,11 +32,9 @@ struct ScoreArgs {
   int32_t keys;
   int32_t head_dim;
   int32_t tile_rows;
-  int32_t row_tiles;
   int32_t split_keys;
   int32_t splits;
   int32_t key_warps;
-  int32_t column_tiles;
   float scale;   // scale * log2(e)
   float log2_n;  // -inf for n = 0
   float mean;    // 1 / query heads of an output row
@@ -64,8 +62,17 @@ CSP_DEVICE Head head_of(const ScoreArgs& a, int in_launch) {
   return {batch, head - batch * a.num_kv_heads, in_launch};
 }
 
-CSP_DEVICE int block() {
+// Heads are the y of the grid, what is of one head its x.
+CSP_DEVICE int block_in_head() {
   return static_cast<int>(block_x());
+}
+
+// The second pass takes the heads in reverse, so that it begins with the keys that the first read last.
+CSP_DEVICE Head head_of_rows(const ScoreArgs& a) {
+  return head_of(a, static_cast<int>(block_y()));
+}
+CSP_DEVICE Head head_of_columns(const ScoreArgs& a) {
+  return head_of(a, a.num_heads - 1 - static_cast<int>(block_y()));
 }
 
 // Where the sums of a row and a split lie.

@@ -38,8 +38,8 @@ void score_cluster(const ScoreArgs a) {
   const RowTable table{arena.take<float>(kRows), arena.take<int8_t>(kRows),
                        arena.take<int8_t>(kRows / kScoreStep)};
 
-  const int split = block() % a.splits;
-  const Head head = head_of(a, block() / a.splits);
+  const int split = block_in_head();
+  const Head head = head_of_rows(a);
   const int begin = split * a.split_keys;
   const int left = a.keys - begin;
   const int end = left < a.split_keys ? a.keys : begin + a.split_keys;
@@ -151,7 +151,7 @@ void score_cluster(const ScoreArgs a) {
     store_row_sum(global<float>(a.partials) + partial_at(a, head, thread(), split), row);
   }
   sync_cluster();
-  fill_rows<kClusterThreads>(a, head, table, 0, kRows);
+  fill_rows<kClusterThreads>(a, head, table, 0, 0, kRows);
   sync_block();
 
   // 2^(top - c) makes P of what was kept.

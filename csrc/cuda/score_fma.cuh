@@ -102,9 +102,9 @@ CSP_KERNEL(kFmaThreads, 3)
 void score_rows_fma(const ScoreArgs a) {
   CSP_SHARED(float, query_tile, kFmaRows* kFmaStride);
   CSP_SHARED(float, key_tile, kFmaKeys* kFmaStride);
-  const int split = block() % a.splits, row_tile = block() / a.splits;
-  const Head head = head_of(a, row_tile / a.row_tiles);
-  const int first = row_tile % a.row_tiles * kFmaRows;
+  const int split = block_in_head() % a.splits, row_tile = block_in_head() / a.splits;
+  const Head head = head_of_rows(a);
+  const int first = row_tile * kFmaRows;
   const int key_thread = thread() % kKeyThreads, row_thread = thread() / kKeyThreads;
 
   int last[kMyRows];
@@ -159,8 +159,8 @@ void score_columns_fma(const ScoreArgs a) {
   CSP_SHARED(float, key_tile, kFmaKeys* kFmaStride);
   CSP_SHARED(float, constants, kFmaRows);
   CSP_SHARED(int, modalities, kFmaRows);
-  const Head head = head_of(a, a.num_heads - 1 - block() / a.column_tiles);
-  const int first_key = block() % a.column_tiles * kFmaKeys;
+  const Head head = head_of_columns(a);
+  const int first_key = block_in_head() * kFmaKeys;
   const int key_thread = thread() % kKeyThreads, row_thread = thread() / kKeyThreads;
 
   int modality[kMyKeys];

@@ -30,16 +30,14 @@ inline score_kernels::ScoreArgs score_args(const ScoreParams& p, const ScoreCuda
   a.key_stride = p.key_stride;
   a.num_kv_heads = static_cast<int32_t>(p.num_kv_heads);
   a.group = plan.group;
-  a.rows = plan.rows;
+  a.rows = static_cast<int32_t>(plan.rows);
   a.window = static_cast<int32_t>(p.window);
   a.keys = static_cast<int32_t>(p.keys);
   a.head_dim = static_cast<int32_t>(p.head_dim);
   a.tile_rows = plan.tile_rows;
-  a.row_tiles = plan.row_tiles;
   a.split_keys = plan.split_keys;
   a.splits = plan.splits;
   a.key_warps = plan.key_warps;
-  a.column_tiles = plan.column_tiles;
   a.scale = static_cast<float>(p.scale * kLog2E);
   a.log2_n = static_cast<float>(p.n > 0 ? std::log2(p.n) : -INFINITY);
   const int64_t averaged = p.heads == Heads::kShared ? p.num_heads : plan.group;
@@ -49,49 +47,55 @@ inline score_kernels::ScoreArgs score_args(const ScoreParams& p, const ScoreCuda
   return a;
 }
 
-// Both passes over heads_per_launch heads at a time.
-template <typename RowKernel, typename ColumnKernel>
-CudaStatus launch_two_passes(const ScoreCudaPlan& plan, const CudaContext& context, int32_t threads,
-                             score_kernels::ScoreArgs args, const char* rows_name, RowKernel rows_kernel,
-                             const char* columns_name, ColumnKernel columns_kernel) {
+struct ScorePass {
+  const char* name;
+  void (*kernel)(score_kernels::ScoreArgs);
+  LaunchShape shape;  // of one head
+};
+
+// The passes over heads_per_launch heads at a time; a pass without blocks is left out.
+inline CudaStatus launch_passes(const ScoreCudaPlan& plan, const CudaContext& context,
+                                score_kernels::ScoreArgs args, const ScorePass (&passes)[2]) {
   for (int64_t first = 0; first < plan.heads; first += plan.heads_per_launch) {
     const int64_t left = plan.heads - first;
     args.first_head = static_cast<int32_t>(first);
     args.num_heads = static_cast<int32_t>(left < plan.heads_per_launch ? left : plan.heads_per_launch);
-    LaunchShape shape;
-    shape.threads = threads;
-    if (plan.has_first_pass) {
-      shape.x = int64_t{args.num_heads} * plan.row_tiles * plan.splits;
-      shape.shared_bytes = plan.rows_shared;
-      const CudaStatus status = simt::launch(context, shape, rows_name, rows_kernel, args);
+    for (const ScorePass& pass : passes) {
+      if (pass.shape.x == 0) continue;
+      LaunchShape shape = pass.shape;
+      shape.y = args.num_heads;
+      const CudaStatus status = simt::launch(context, shape, pass.name, pass.kernel, args);
       if (!status.ok()) return status;
     }
-    shape.x = int64_t{args.num_heads} * plan.column_tiles;
-    shape.shared_bytes = plan.columns_shared;
-    const CudaStatus status = simt::launch(context, shape, columns_name, columns_kernel, args);
-    if (!status.ok()) return status;
   }
   return {};
+}
+
+inline LaunchShape rows_shape(const ScoreCudaPlan& plan, const score_kernels::ScoreArgs& args,
+                              int32_t threads) {
+  const int64_t blocks = args.lse == nullptr ? plan.row_tiles * plan.splits : 0;
+  return {blocks, 1, 1, threads, plan.rows_shared};
+}
+inline LaunchShape columns_shape(const ScoreCudaPlan& plan, int32_t threads) {
+  return {plan.column_tiles, 1, 1, threads, plan.columns_shared};
 }
 
 template <typename T, int kDim>
 CudaStatus launch_score_mma(const ScoreCudaPlan& plan, const CudaContext& context,
                             const score_kernels::ScoreArgs& args) {
-  return launch_two_passes(plan, context, kMmaThreads, args, "score_rows_mma",
-                           score_kernels::score_rows_mma<T, kDim>, "score_columns_mma",
-                           score_kernels::score_columns_mma<T, kDim>);
+  return launch_passes(
+      plan, context, args,
+      {{"score_rows_mma", score_kernels::score_rows_mma<T, kDim>, rows_shape(plan, args, kMmaThreads)},
+       {"score_columns_mma", score_kernels::score_columns_mma<T, kDim>, columns_shape(plan, kMmaThreads)}});
 }
 
 template <typename T, int kDim, int kRows>
 CudaStatus launch_score_cluster(const ScoreCudaPlan& plan, const CudaContext& context,
-                                score_kernels::ScoreArgs args) {
-  args.num_heads = static_cast<int32_t>(plan.heads);
-  LaunchShape shape;
-  shape.x = plan.heads * plan.splits;
-  shape.threads = kClusterThreads;
-  shape.shared_bytes = plan.columns_shared;
-  shape.cluster = plan.splits;
-  return CSP_LAUNCH(context, shape, (score_kernels::score_cluster<T, kDim, kRows>), args);
+                                const score_kernels::ScoreArgs& args) {
+  const LaunchShape shape{plan.splits, 1, 1, kClusterThreads, plan.columns_shared, plan.splits};
+  return launch_passes(
+      plan, context, args,
+      {{"score_cluster", score_kernels::score_cluster<T, kDim, kRows>, shape}, {"", nullptr, {0}}});
 }
 
 template <DType kDType>
@@ -132,9 +136,10 @@ CudaStatus launch_score(const ScoreParams& params, const ScoreCudaPlan& plan, co
       }
     }
   }
-  return launch_two_passes(plan, context, kFmaThreads, args, "score_rows_fma",
-                           score_kernels::score_rows_fma<T>, "score_columns_fma",
-                           score_kernels::score_columns_fma<T>);
+  return launch_passes(
+      plan, context, args,
+      {{"score_rows_fma", score_kernels::score_rows_fma<T>, rows_shape(plan, args, kFmaThreads)},
+       {"score_columns_fma", score_kernels::score_columns_fma<T>, columns_shape(plan, kFmaThreads)}});
 }
 
 }  // namespace csp

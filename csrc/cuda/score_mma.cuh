@@ -35,11 +35,11 @@ CSP_DEVICE int fragment_chunk() {
   return kStationary ? lane() / 16 : lane() / 8 % 2;
 }
 
-// Fragments of rows `row`.. + 16 at dims 16 step.. + 16.
+// Fragments of the 16 rows from `row` on, a multiple of 8, at dims 16 step.. + 16.
 template <int kDim, bool kStationary, typename T>
 CSP_DEVICE void load_fragments(uint32_t (&out)[4], Shared<T> tile, int row, int step) {
-  ldmatrix(out, tile + Tile<kDim>::at(row + fragment_row<kStationary>(),
-                                      2 * step + fragment_chunk<kStationary>()));
+  const int in_block = Tile<kDim>::at(fragment_row<kStationary>(), 2 * step + fragment_chunk<kStationary>());
+  ldmatrix(out, tile + (row * kDim + in_block));
 }
 
 // Keys first .. first + count - 1 of a head, zeros from `end` on; this is thread `me` of kThreads that copy.
@@ -120,9 +120,9 @@ void score_rows_mma(const ScoreArgs a) {
   const Shared<float> sums = arena.take<float>(kMmaThreads * 2);
   const Shared<uint32_t> real_keys = arena.take<uint32_t>(2 * kWords);  // a bit for each key of two tiles
 
-  const int split = block() % a.splits, row_tile = block() / a.splits;
-  const Head head = head_of(a, row_tile / a.row_tiles);
-  const int first = row_tile % a.row_tiles * a.tile_rows;
+  const int split = block_in_head() % a.splits, row_tile = block_in_head() / a.splits;
+  const Head head = head_of_rows(a);
+  const int first = row_tile * a.tile_rows;
   const int count = a.rows - first < a.tile_rows ? a.rows - first : a.tile_rows;
 
   const int warp_rows = (count + kScoreStationary - 1) / kScoreStationary;
@@ -275,18 +275,22 @@ struct RowTable {
   Shared<int8_t> common;
 };
 
-// Rows first .. first + count - 1 of the table, by all threads of the block.
+// Puts rows first .. first + count - 1, a multiple of 16, into the table from `place` on; by all threads of
+// the block.
 template <int kThreads>
-CSP_DEVICE void fill_rows(const ScoreArgs& a, const Head& head, const RowTable& table, int first, int count) {
+CSP_DEVICE void fill_rows(const ScoreArgs& a, const Head& head, const RowTable& table, int place, int first,
+                          int count) {
   for (int base = 0; base < count; base += kThreads) {
-    const int at = base + thread();
+    const int i = base + thread();
     float constant = 0;
-    const int modality = at < count ? row_constant(a, head, first + at, &constant) : -1;
+    const int modality = i < count ? row_constant(a, head, first + i, &constant) : -1;
     const uint32_t same = ballot(modality == shuffle(modality, lane() & 16)) >> (lane() & 16) & 0xffffu;
-    if (at < count) {
-      table.constant[at] = constant;
-      table.modality[at] = static_cast<int8_t>(modality);
-      if (lane() % 16 == 0) table.common[at / 16] = static_cast<int8_t>(same == 0xffffu ? modality : kMixed);
+    if (i < count) {
+      table.constant[place + i] = constant;
+      table.modality[place + i] = static_cast<int8_t>(modality);
+      if (lane() % 16 == 0) {
+        table.common[(place + i) / 16] = static_cast<int8_t>(same == 0xffffu ? modality : kMixed);
+      }
     }
   }
 }
@@ -315,8 +319,7 @@ struct ColumnSums {
 };
 
 // A block: key_warps * 32 keys of a head, against all rows that see one of them. Its warps are a grid of
-// key_warps x row_warps; the sums of the row_warps are added at the end. Heads come in the reverse order of
-// the first pass.
+// key_warps x row_warps; the sums of the row_warps are added at the end.
 template <typename T, int kDim>
 CSP_KERNEL(kMmaThreads, kDim <= 128 ? 2 : 1)
 void score_columns_mma(const ScoreArgs a) {
@@ -331,8 +334,8 @@ void score_columns_mma(const ScoreArgs a) {
   const RowTable table{arena.take<float>(kMmaConstantRows), arena.take<int8_t>(kMmaConstantRows),
                        arena.take<int8_t>(kMmaConstantRows / kScoreStep)};
 
-  const Head head = head_of(a, a.num_heads - 1 - block() / a.column_tiles);
-  const int first_key = block() % a.column_tiles * tile_keys;
+  const Head head = head_of_columns(a);
+  const int first_key = block_in_head() * tile_keys;
   const int row_warps = kWarps / a.key_warps < kSteps ? kWarps / a.key_warps : kSteps;
   const int key_warp = warp() % a.key_warps, row_warp = warp() / a.key_warps;
   const int my_keys = first_key + key_warp * kScoreStationary;
@@ -355,9 +358,11 @@ void score_columns_mma(const ScoreArgs a) {
     }
     copy_async_commit();
   };
+  // Row r of the table is row r % kMmaConstantRows.
   const auto fill_table = [&](int row) {
+    const int place = row % kMmaConstantRows, room = kMmaConstantRows - place;
     const int left = (a.rows - row + kScoreStep - 1) / kScoreStep * kScoreStep;
-    fill_rows<kMmaThreads>(a, head, table, row, left < kMmaConstantRows ? left : kMmaConstantRows);
+    fill_rows<kMmaThreads>(a, head, table, place, row, left < room ? left : room);
   };
   copy_keys<kDim, kMmaThreads>(a, key_tile, keys_of<T>(a, head), first_key, tile_keys, a.keys, thread());
   copy_tile(begin);
@@ -367,12 +372,10 @@ void score_columns_mma(const ScoreArgs a) {
   CSP_UNROLL
   for (int k = 0; k < 8; ++k) sums.mine[k * kMmaThreads] = 0.0f;
   uint32_t k_fragments[2][kDim / 16][4] = {};
-  int table_row = begin;
   for (int row = begin; row < a.rows; row += kTile) {
-    if ((row - begin) % kMmaConstantRows == 0) {
+    if (row == begin || row % kMmaConstantRows == 0) {
       sync_block();
       fill_table(row);
-      table_row = row;
     }
     copy_async_wait<0>();
     sync_block();
@@ -389,7 +392,7 @@ void score_columns_mma(const ScoreArgs a) {
     copy_tile(row + kTile);
     for (int step = row_warp; step < kSteps; step += row_warps) {
       const int step_row = row + step * kScoreStep;
-      const int at = step_row - table_row;
+      const int at = step_row % kMmaConstantRows;
       if (step_row >= a.rows) break;
       const int common = table.common[at / kScoreStep];
       if (common == -1) continue;
@@ -401,7 +404,7 @@ void score_columns_mma(const ScoreArgs a) {
         CSP_UNROLL
         for (int m = 0; m < 2; ++m) {
           CSP_UNROLL
-          for (int e = 0; e < 4; ++e) t[m][n][e] = exp2_approx(t[m][n][e] * a.scale - constant[e % 2]);
+          for (int e = 0; e < 4; ++e) t[m][n][e] = exp2_approx(fmaf(t[m][n][e], a.scale, -constant[e % 2]));
         }
       }
       if (common >= 0 && step_row >= all) {
@@ -440,19 +443,20 @@ void score_columns_mma(const ScoreArgs a) {
   sync_block();
 
   // A key's sums lie with four lanes of each row warp.
-  const int key = first_key + thread();
-  if (thread() < tile_keys && key < a.keys) {
+  const int key = my_keys + lane();
+  if (row_warp == 0 && key < a.keys) {
     float self = 0, cross = 0;
     for (int w = 0; w < row_warps; ++w) {
-      const int owner = (w * a.key_warps + thread() / 32) * 32 + thread() % 8 * 4;
+      const int owner = (w * a.key_warps + key_warp) * 32 + lane() % 8 * 4;
       CSP_UNROLL
-      for (int lane = 0; lane < 4; ++lane) {
-        const int at = thread() % 32 / 8 * kMmaThreads + owner + lane;
+      for (int i = 0; i < 4; ++i) {
+        const int at = lane() / 8 * kMmaThreads + owner + i;
         self += slots[at];
         cross += slots[at + ColumnSums::kCross];
       }
     }
-    store_columns(a, head, key, static_cast<int8_t>(modality[thread()]), self, cross);
+    store_columns(a, head, key, static_cast<int8_t>(modality[key_warp * kScoreStationary + lane()]), self,
+                  cross);
   }
 }
 

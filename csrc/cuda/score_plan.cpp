@@ -7,7 +7,7 @@ namespace csp {
 namespace {
 
 constexpr int64_t kMaxSplits = 32;
-constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxHeads = 65535;  // of one launch: they are the y of its grid
 // Up to here the second pass waits for the keys, not for the tensor cores.
 constexpr int32_t kFewRows = 128;
 
@@ -73,31 +73,28 @@ bool plan_cluster(ScoreCudaPlan& plan, const ScoreParams& p, const CudaDevice& d
   while (cluster * cluster_units(rows) < units) cluster *= 2;
   // More blocks than the registers ask for where the device has room for them.
   const int64_t most = std::min<int64_t>(kMaxCluster, units), slots = 2 * device.multiprocessors;
-  while (2 * cluster <= most && 2 * cluster * plan.heads <= slots) cluster *= 2;
+  while (2 * cluster <= most && 2 * cluster * plan.heads_per_launch <= slots) cluster *= 2;
   const int64_t shared_bytes = cluster_shared_bytes(dim, rows);
-  if (cluster > kMaxCluster || plan.heads * cluster > kMaxBlocks || shared_bytes > device.shared_bytes) {
+  if (cluster > kMaxCluster || shared_bytes > device.shared_bytes) {
     return false;
   }
   plan.path = ScorePath::kCluster;
   plan.dim = dim;
   plan.tile_rows = rows;
-  plan.row_tiles = 1;
   plan.splits = static_cast<int32_t>(cluster);
   plan.split_keys = static_cast<int32_t>(ceil_div(units, cluster) * kUnit);
   plan.columns_shared = shared_bytes;
-  plan.partials_bytes = aligned_bytes(plan.heads * cluster * plan.rows * 8);
-  plan.launches = 1;
   return true;
 }
 
 bool plan_mma(ScoreCudaPlan& plan, const ScoreParams& p, const CudaDevice& device) {
   const int64_t slots = (plan.dim <= 128 ? 2 : 1) * device.multiprocessors;
-  plan.rows_shared = rows_shared_bytes(plan.dim);
-  if (plan.rows_shared > device.shared_bytes || columns_shared_bytes(plan.dim, 2) > device.shared_bytes) {
+  if (std::max(rows_shared_bytes(plan.dim), columns_shared_bytes(plan.dim, 2)) > device.shared_bytes) {
     return false;
   }
   plan.path = ScorePath::kMma;
-  plan.row_tiles = static_cast<int32_t>(ceil_div(plan.rows, mma_row_tile(plan.dim)));
+  plan.rows_shared = rows_shared_bytes(plan.dim);
+  plan.row_tiles = ceil_div(plan.rows, mma_row_tile(plan.dim));
   plan.tile_rows = static_cast<int32_t>(round_up(ceil_div(plan.rows, plan.row_tiles), kScoreStationary));
 
   // The second pass finds its keys in the L2 cache where they fit. Of more than fit it goes backwards through
@@ -106,7 +103,7 @@ bool plan_mma(ScoreCudaPlan& plan, const ScoreParams& p, const CudaDevice& devic
   const int64_t head_bytes = p.keys * p.head_dim * 2;
   if (p.lse == nullptr && plan.rows <= kFewRows && plan.heads * head_bytes > device.l2_bytes) {
     const int64_t fit = std::max<int64_t>(device.l2_bytes / 2 / head_bytes, 1);
-    plan.heads_per_launch = ceil_div(plan.heads, ceil_div(plan.heads, fit));
+    plan.heads_per_launch = std::min(plan.heads_per_launch, ceil_div(plan.heads, ceil_div(plan.heads, fit)));
   }
   split_keys(plan, p.keys, mma_key_tile(plan.dim), slots);
 
@@ -129,20 +126,9 @@ bool plan_mma(ScoreCudaPlan& plan, const ScoreParams& p, const CudaDevice& devic
 void plan_fma(ScoreCudaPlan& plan, const ScoreParams& p, const CudaDevice& device) {
   plan.path = ScorePath::kFma;
   plan.tile_rows = kFmaRows;
-  plan.row_tiles = static_cast<int32_t>(ceil_div(plan.rows, kFmaRows));
+  plan.row_tiles = ceil_div(plan.rows, kFmaRows);
   plan.column_tiles = static_cast<int32_t>(ceil_div(p.keys, kFmaKeys));
   split_keys(plan, p.keys, kFmaKeys, 3 * device.multiprocessors);
-}
-
-// Launches and row sums of the two passes.
-void plan_two_passes(ScoreCudaPlan& plan, const ScoreParams& p) {
-  const int64_t blocks = std::max<int64_t>(int64_t{plan.row_tiles} * plan.splits, plan.column_tiles);
-  plan.heads_per_launch = std::min(plan.heads_per_launch, std::max<int64_t>(kMaxBlocks / blocks, 1));
-  plan.has_first_pass = p.lse == nullptr && plan.rows > 0;
-  if (plan.has_first_pass) {
-    plan.partials_bytes = aligned_bytes(plan.heads_per_launch * plan.rows * plan.splits * 8);
-  }
-  plan.launches = ceil_div(plan.heads, plan.heads_per_launch) * (plan.has_first_pass ? 2 : 1);
 }
 
 }  // namespace
@@ -156,8 +142,8 @@ ScoreCudaPlan score_cuda_plan(const ScoreParams& p, const CudaDevice& device, bo
   plan.heads = p.batch * p.num_kv_heads;
   if (p.keys > 0 && plan.heads > 0) {
     plan.group = static_cast<int32_t>(p.num_heads / p.num_kv_heads);
-    plan.rows = static_cast<int32_t>(plan.group * p.window);
-    plan.heads_per_launch = plan.heads;
+    plan.rows = plan.group * p.window;
+    plan.heads_per_launch = std::min(plan.heads, kMaxHeads);
     plan.dim = padded_dim(p.head_dim);
     const int64_t elements = 16 / dtype_bytes(p.dtype);
     plan.vectors = aligned && p.head_dim % elements == 0 &&
@@ -165,9 +151,11 @@ ScoreCudaPlan score_cuda_plan(const ScoreParams& p, const CudaDevice& device, bo
                    rows_are_vectors(p.key_stride, p.batch, p.num_kv_heads, p.keys, elements);
     const bool mma = plan.vectors && p.dtype != DType::kFloat32 && device.capability >= 80 && plan.rows > 0 &&
                      p.head_dim > 0 && plan.dim > 0;
-    if (!mma || !plan_cluster(plan, p, device)) {
-      if (!mma || !plan_mma(plan, p, device)) plan_fma(plan, p, device);
-      plan_two_passes(plan, p);
+    if (!mma || (!plan_cluster(plan, p, device) && !plan_mma(plan, p, device))) plan_fma(plan, p, device);
+    const bool two_passes = plan.path != ScorePath::kCluster && p.lse == nullptr && plan.rows > 0;
+    plan.launches = ceil_div(plan.heads, plan.heads_per_launch) * (two_passes ? 2 : 1);
+    if (p.lse == nullptr) {
+      plan.partials_bytes = aligned_bytes(plan.heads_per_launch * plan.rows * plan.splits * 8);
     }
   }
   plan.workspace_bytes = plan.partials_bytes;

@@ -58,7 +58,7 @@ struct ScoreCudaPlan {
   int64_t heads_per_launch = 0;
   // First pass, or the only one: a block takes tile_rows rows of a head and split_keys of its keys.
   int32_t tile_rows = 0;
-  int32_t row_tiles = 0;
+  int64_t row_tiles = 0;
   int32_t split_keys = 0;
   int32_t splits = 0;  // kCluster: the blocks of a cluster
   // Second pass: a block takes one of column_tiles tiles of keys.
@@ -68,8 +68,7 @@ struct ScoreCudaPlan {
   int64_t columns_shared = 0;  // of the second or the only one
   size_t partials_bytes = 0;   // the row sums of one launch, at the front of the workspace
   size_t workspace_bytes = 0;  // behind them, if `finish`, the column sums [B, Hkv, 2, L]
-  bool has_first_pass = false;
-  bool finish = false;  // the column sums of the KV heads are added up at the end
+  bool finish = false;         // the column sums of the KV heads are added up at the end
   int64_t launches = 0;
 };
 
