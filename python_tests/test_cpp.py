@@ -11,8 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-# What `make test` builds: the CPU half, again under sanitizers, the CUDA kernels in the SIMT harness and, where
-# there is a GPU, on it.
+# What `make test` builds: the CPU half, again under sanitizers, the CUDA kernels in the SIMT harness
+# and, where there is a GPU, on it.
 BINARIES = {
     "cpp": "build/cpp/cpp_tests/csp_tests",
     "asan": "build/asan/cpp_tests/csp_tests",
