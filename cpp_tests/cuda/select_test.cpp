@@ -195,7 +195,7 @@ TEST(SelectCudaScores, CrowdsAreDispersed) {
 // sorted.
 TEST(SelectCudaScores, LittleSharedMemory) {
   for (const Combine combine : {Combine::kIntersection, Combine::kCalibrated}) {
-    for (const int64_t shared : {16 << 10, 4 << 10}) {
+    for (const int64_t shared : {16 << 10, 9 << 10}) {
       Problem problem(DType::kFloat32, 2, 5, 300, 9);
       problem.fill_real(8);
       problem.params.combine = combine;
@@ -290,6 +290,21 @@ TEST(SelectCudaPlan, LaunchesDoNotDependOnTheBudget) {
       }
       EXPECT_EQ(launches == 1, keys <= 32768);
     }
+  }
+}
+
+// 64 KiB hold the bins of about 15000 candidates; a cut needs none.
+TEST(SelectCudaPlan, LittleSharedMemoryMovesLongRowsToTheSorts) {
+  const CudaDevice turing{40, 75, 64 << 10, 4 << 20};
+  SelectParams params;
+  params.batch = params.score_heads = 1;
+  params.budget = 100;
+  for (const int64_t keys : {14000, 20000, 32768}) {
+    params.keys = keys;
+    params.combine = Combine::kIntersection;
+    EXPECT_EQ(make_select_plan(params, turing).by_block, keys < 15000);
+    params.combine = Combine::kCalibrated;
+    EXPECT_TRUE(make_select_plan(params, turing).by_block);
   }
 }
 
