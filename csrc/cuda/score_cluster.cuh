@@ -29,7 +29,7 @@ void score_cluster(const ScoreArgs a) {
                 kStages = ClusterShape<kRows>::kStages;
   constexpr int kUnitElements = kScoreStep * kDim, kUnitKeys = kWarps * kScoreStep;
   constexpr int kRowTiles = kRows / 8;
-  const int warp = uniform_warp();
+  const int warp = simt::warp();
   SharedArena arena;
   const Shared<T> queries = arena.take<T>(kRows * kDim);
   const Shared<T> stages = arena.take<T>(kStages * kWarps * kUnitElements);

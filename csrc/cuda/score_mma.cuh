@@ -442,21 +442,19 @@ void score_columns_mma(const ScoreArgs a) {
   copy_async_wait<0>();
   sync_block();
 
-  // A key's sums lie with four lanes of each row warp.
+  // A key's sums lie with four lanes of each of the warps that share it.
   const int key = my_keys + lane();
   if (row_warp == 0 && key < a.keys) {
     float self = 0, cross = 0;
-    for (int w = 0; w < row_warps; ++w) {
-      const int owner = (w * a.key_warps + key_warp) * 32 + lane() % 8 * 4;
+    for (int first = key_warp * 32; first < kMmaThreads; first += tile_keys) {
       CSP_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int at = lane() / 8 * kMmaThreads + owner + i;
+        const int at = lane() / 8 * kMmaThreads + first + lane() % 8 * 4 + i;
         self += slots[at];
         cross += slots[at + ColumnSums::kCross];
       }
     }
-    store_columns(a, head, key, static_cast<int8_t>(modality[key_warp * kScoreStationary + lane()]), self,
-                  cross);
+    store_columns(a, head, key, static_cast<int8_t>(modality[key_warp * 32 + lane()]), self, cross);
   }
 }
 
