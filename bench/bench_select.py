@@ -99,7 +99,7 @@ def measure(bench: Bench, problem: Problem, combine: str, pool: str) -> None:
         window=problem.window,
         budget=problem.budget,
         pool=pool,
-        **({"combine": combine} if bench.device == "cuda" else {}),
+        combine=combine,
     )
     bench.row(
         f"{problem.model} B={problem.batch} {combine} pool={pool}",

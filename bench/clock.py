@@ -129,7 +129,10 @@ def interleave(sides: dict[str, Side], repeats: int = 15, clock: Clock | None = 
         try:
             prepared[name] = clock.prepare(side)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+            pass
+        else:
+            continue
+        torch.cuda.empty_cache()  # what the failed call held is free by now
     samples: dict[str, list[float]] = {name: [] for name in prepared}
     for _ in range(repeats):
         for name, known in prepared.items():

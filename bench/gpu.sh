@@ -166,7 +166,7 @@ for stage in $STAGES; do
   esac
 done
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 PATH=$PATH:/usr/local/cuda/bin
 
 if has_stage build; then
   export -f build make_environment missing
