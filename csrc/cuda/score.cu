@@ -16,7 +16,14 @@ void score_finish(const void* columns, void* self, void* cross, int64_t batch, i
     const int64_t row = i / keys, key = i - row * keys;  // row: batch and self or cross
     const Global<const float> from = global<float>(columns) + (row / 2 * parts * 2 + row % 2) * keys + key;
     float sum = 0;
-    for (int64_t part = 0; part < parts; ++part) sum += from[part * 2 * keys];
+    constexpr int kAtOnce = 8;  // loads on their way
+    for (int64_t part = 0; part < parts; part += kAtOnce) {
+      float x[kAtOnce];
+      CSP_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) x[k] = part + k < parts ? float(from[(part + k) * 2 * keys]) : 0.0f;
+      CSP_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) sum += x[k];
+    }
     global<float>(row % 2 == 0 ? self : cross)[row / 2 * keys + key] = sum;
   }
 }

@@ -5,8 +5,8 @@
 
 // What the kernels of score share: their arguments, rows and heads, and the arithmetic of a row's normaliser.
 //
-// Logits are in units of log2: t = scale log2(e) q.k, rounded once, so that both passes see the same number.
-// Then P = 2^(t - c) with one constant for each row, c = log2(n + sum of 2^t).
+// Logits are in units of log2: t = scale log2(e) q.k. Then P = 2^(t - c) with one constant for each row,
+// c = log2(n + sum of 2^t).
 namespace csp::score_kernels {
 
 using namespace simt;
@@ -43,8 +43,7 @@ struct ScoreArgs {
 };
 
 constexpr float kInfinity = __builtin_inff();
-constexpr float kLowest =
-    -3.4028234663852886e38f;  // a maximum over nothing: finite, -inf - kLowest is no NaN
+constexpr float kLowest = -3.4028234663852886e38f;  // a maximum over nothing: -inf - kLowest is no NaN
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kMixed = -2;  // rows of several modalities; -1: rows that count for nothing
 
@@ -166,15 +165,16 @@ CSP_DEVICE int row_constant(const ScoreArgs& a, const Head& head, int row, float
   } else {
     const Global<const float> from =
         global<float>(static_cast<const void*>(a.partials)) + partial_at(a, head, row, 0);
-    // Four on their way at once.
-    for (int split = 0; split < a.splits; split += 4) {
-      RowSum parts[4];
+    // Several on their way at once.
+    constexpr int kAtOnce = 8;
+    for (int split = 0; split < a.splits; split += kAtOnce) {
+      RowSum parts[kAtOnce];
       CSP_UNROLL
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kAtOnce; ++i) {
         if (split + i < a.splits) parts[i] = load_row_sum(from + 2 * (split + i));
       }
       CSP_UNROLL
-      for (int i = 0; i < 4; ++i) sum = add(sum, parts[i]);
+      for (int i = 0; i < kAtOnce; ++i) sum = add(sum, parts[i]);
     }
   }
   if (sum.sum == 0) return -1;

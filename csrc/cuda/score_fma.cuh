@@ -145,8 +145,7 @@ void score_rows_fma(const ScoreArgs a) {
     const RowSum sum = reduce_lanes<1, kKeyThreads / 2>(rows[i]);
     const int row = first + row_thread + i * kRowThreads;
     if (key_thread == 0 && row < a.rows) {
-      store_row_sum(global<float>(a.partials) + ((head.in_launch * a.rows + row) * a.splits + split) * 2,
-                    sum);
+      store_row_sum(global<float>(a.partials) + partial_at(a, head, row, split), sum);
     }
   }
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <initializer_list>
 
 #include "score_cluster.cuh"
 #include "score_fma.cuh"
@@ -55,7 +56,7 @@ struct ScorePass {
 
 // The passes over heads_per_launch heads at a time; a pass without blocks is left out.
 inline CudaStatus launch_passes(const ScoreCudaPlan& plan, const CudaContext& context,
-                                score_kernels::ScoreArgs args, const ScorePass (&passes)[2]) {
+                                score_kernels::ScoreArgs args, std::initializer_list<ScorePass> passes) {
   for (int64_t first = 0; first < plan.heads; first += plan.heads_per_launch) {
     const int64_t left = plan.heads - first;
     args.first_head = static_cast<int32_t>(first);
@@ -93,9 +94,8 @@ template <typename T, int kDim, int kRows>
 CudaStatus launch_score_cluster(const ScoreCudaPlan& plan, const CudaContext& context,
                                 const score_kernels::ScoreArgs& args) {
   const LaunchShape shape{plan.splits, 1, 1, kClusterThreads, plan.columns_shared, plan.splits};
-  return launch_passes(
-      plan, context, args,
-      {{"score_cluster", score_kernels::score_cluster<T, kDim, kRows>, shape}, {"", nullptr, {0}}});
+  return launch_passes(plan, context, args,
+                       {{"score_cluster", score_kernels::score_cluster<T, kDim, kRows>, shape}});
 }
 
 template <DType kDType>

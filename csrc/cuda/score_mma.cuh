@@ -191,7 +191,8 @@ void score_rows_mma(const ScoreArgs a) {
     copy_tile(tile + kMmaStages - 1);
     const int next_modality = load_modality(tile + 1);
     for (int step = busy ? key_warp : kSteps; step < kSteps; step += key_warps) {
-      const uint32_t bits = uint32_t(real_keys[tile % 2 * kWords + step / 2]) >> (step % 2 * 16) & 0xffffu;
+      const uint32_t word = real_keys[tile % 2 * kWords + step / 2];
+      const uint32_t bits = word >> (step % 2 * 16) & 0xffffu;
       if (bits == 0) continue;
       float t[2][2][4] = {};
       multiply<T, kDim>(t, q, stages + tile % kMmaStages * kTileElements, step * kScoreStep);
@@ -329,8 +330,7 @@ void score_columns_mma(const ScoreArgs a) {
   const Shared<T> key_tile = arena.take<T>(tile_keys * kDim);
   const Shared<T> stages = arena.take<T>(2 * kTile * kDim);
   const Shared<int8_t> modality = arena.take<int8_t>(tile_keys);
-  const Shared<float> slots =
-      arena.take<float>(8 * kMmaThreads);  // [self and cross, key of the lane, thread]
+  const Shared<float> slots = arena.take<float>(8 * kMmaThreads);  // [self and cross, key of a lane, thread]
   const RowTable table{arena.take<float>(kMmaConstantRows), arena.take<int8_t>(kMmaConstantRows),
                        arena.take<int8_t>(kMmaConstantRows / kScoreStep)};
 

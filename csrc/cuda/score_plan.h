@@ -52,7 +52,7 @@ struct ScoreCudaPlan {
   ScorePath path = ScorePath::kFma;
   int32_t dim = 0;       // head_dim rounded up to one that the tensor core kernels have
   int32_t group = 0;     // query heads of a KV head
-  int32_t rows = 0;      // group * window
+  int64_t rows = 0;      // group * window
   bool vectors = false;  // rows of query and key are whole 16-byte vectors
   int64_t heads = 0;     // batch * num_kv_heads
   int64_t heads_per_launch = 0;

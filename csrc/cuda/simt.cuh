@@ -288,10 +288,8 @@ CSP_DEVICE uint32_t match_any(uint32_t value) {
 // Barrier over all blocks of a cluster; what one wrote to global memory before it the others see after it.
 CSP_DEVICE void sync_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile(
-      "fence.acq_rel.cluster;\n\tbarrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire."
-      "aligned;" ::
-          : "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
 #else
   __trap();
 #endif
