@@ -103,10 +103,21 @@ build() {
   fi
 }
 
-# Stops nothing: says whether the package is there for the stages after the build.
+# Whether the package is built and its CUDA library loaded: a stage of Python must not pass without a GPU.
 built() {
-  [ -x "$venv/bin/python" ] && "$venv/bin/python" -c 'import csp_ext' 2>/dev/null && return
-  note "$1" SKIPPED 0 "the package is not built: run the stage build"
+  local why="the package is not built: run the stage build"
+  [ -x "$venv/bin/python" ] && why=$("$venv/bin/python" - 2>&1 <<'PY'
+import csp_ext
+import torch
+
+if not torch.cuda.is_available():
+    print("torch sees no GPU")
+elif not csp_ext.cuda_status().loaded:
+    print("the CUDA library did not load:", csp_ext.cuda_status().reason)
+PY
+  )
+  [ -z "$why" ] && return
+  note "$1" SKIPPED 0 "${why##*$'\n'}"
   failed=1
   return 1
 }

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from harness import cell, columns, first_line, setting, verdicts
 
@@ -92,6 +93,8 @@ def main(
     wanted = only.split(",") if only else list(scripts)
     if unknown := set(wanted) - set(scripts):
         raise typer.BadParameter(f"no such benchmark: {', '.join(sorted(unknown))}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("this torch sees no GPU")
     options = ["--device", device, *(["--quick"] if quick else []), *(["--tiny"] if tiny else [])]
     known = setting(device)
     about = {

@@ -167,6 +167,7 @@ def test_a_failing_benchmark_does_not_lose_the_others(bench, tmp_path, capsys, m
     row = {"case": "a", "csp us": 1.5, "of bound": 0.5, "targets": ["us <= 2.0: met, 1.5"]}
     about = {"gpu": "NVIDIA H200", "torch": "2.11", "cuda": "13.0", "driver": "580"}
     monkeypatch.setattr(module, "setting", lambda device: about)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     good = {"title": "decode", "build": about, "bounds": {"copy GB/s": 4300.0}, "rows": [row]}
     monkeypatch.setattr(module, "run", lambda script, *_: good if "decode" in script.stem else "broke")
     with pytest.raises(SystemExit, match="failed: score"):
