@@ -15,7 +15,7 @@ pytest.importorskip("PIL")
 
 from csp_ext.cli import main
 from csp_ext.demo.console import UserError
-from csp_ext.evaluation import TASKS, load_eval_model, make_samples, render
+from csp_ext.evaluation import TASKS, load_eval_model, make_samples, render, session
 from csp_ext.evaluation.align import image_tokens, pixel_values
 from csp_ext.evaluation.architecture import build_model
 from csp_ext.evaluation.checkpoint import answers, row_lse
@@ -85,10 +85,7 @@ def test_answers_follow_from_the_evidence(task):
             image = (contexts.image_starts[b] <= position).nonzero()[0]
             image = max(image, key=lambda i: contexts.image_starts[b, i])
             cell = position - contexts.image_starts[b, image]
-            if task == "item":
-                assert ID["red"] + contexts.colour[b, image, cell] == token
-            else:
-                assert ID["0"] + contexts.content[b, image, cell] == token
+            assert ID["0"] + contexts.content[b, image, cell] == token
 
 
 def test_two_questions_of_one_source_differ():
@@ -140,7 +137,7 @@ def test_processor_makes_what_training_sees():
 def test_packed_questions_equal_separate_sequences(num_kv_heads):
     model = build_model(0, num_kv_heads).eval()
     contexts = sample_contexts(rng(), SMALL, 2)
-    questions = [ask(rng(i), contexts, task) for i, task in enumerate(("code", "triple", "item"))]
+    questions = [ask(rng(i), contexts, task) for i, task in enumerate(("code", "triple", "photo"))]
     blocks = Blocks(SMALL.length, tuple(q.tokens.shape[1] for q in questions))
     decoder = model.model.language_model
     flat = contexts.pixels.reshape(-1, *contexts.pixels.shape[2:])
@@ -197,6 +194,26 @@ def test_resumed_training_equals_uninterrupted(tmp_path):
     for mine, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert replace(second.progress, seconds=0) == replace(whole.progress, seconds=0)
+
+
+def test_a_killed_run_goes_on_and_its_log_has_every_step_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(session, "LOG_EVERY", 1)
+    plan = replace(QUICK, steps=4, caption_steps=2)
+    step = Trainer.step
+
+    def killed(trainer):
+        step(trainer)
+        if trainer.progress.step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        session.train(plan, tmp_path, samples=1)
+    monkeypatch.setattr(Trainer, "step", step)
+    session.train(plan, tmp_path, samples=1, resume=True)
+    log = [json.loads(line)["step"] for line in (tmp_path / session.LOG).read_text().splitlines()]
+    assert log == [1, 2, 3, 4]
 
 
 def test_resuming_another_plan_is_refused(tmp_path):

@@ -39,7 +39,7 @@ well enough that what pruning costs can be seen. It knows nothing of the real wo
 
 **Data.** Generated, see `world.py` and `tasks.py`: photos with a name, of a grid of cells that shows a number
 and three coloured shapes; numbers told in text; numbers that the assistant gave in an earlier turn; fillers.
-Every digit or colour of an answer has one token of evidence. Seed {seed}; examined on other seeds.
+Every digit of an answer has one token of evidence. Seed {seed}; examined on other seeds.
 
 **Training.** `{command}`:
 {caption_steps} batches of captions for the vision tower ({caption_accuracy} of cells named rightly), then
@@ -47,7 +47,7 @@ Every digit or colour of an answer has one token of evidence. Seed {seed}; exami
 
 **Accuracy.** Exact match of the whole answer with the full cache, through `generate()`, {samples} samples per
 cell: {context}, {length} tokens
-and the question. Mode S: the answer begins with words that need no context; mode A: with the first that does.
+and the question. Mode S: the answer begins with words that need no context; mode A: with its first digit.
 
 | task | what it needs | S | A |
 |---|---|---|---|

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from csp_ext.demo.console import UserError
+from csp_ext.demo.console import UserError, replacing
 from csp_ext.evaluation.checkpoint import publish, require_room
 from csp_ext.evaluation.tasks import TASKS
 from csp_ext.evaluation.train import STATE, Plan, Trainer
@@ -69,6 +69,7 @@ def train(
     trainer = Trainer(plan, minutes)
     if resume:
         trainer.load(out)
+    _forget_after(out / LOG, trainer.progress.step)
     console = console or Console(stderr=True)
     bars = Progress(
         TextColumn("{task.description}"),
@@ -85,8 +86,6 @@ def train(
             trainer.align(
                 lambda loss: bars.update(captions, advance=1, description=f"captions, loss {loss:.2f}")
             )
-            # The log of an earlier run in this folder is not this run's.
-            (out / LOG).unlink(missing_ok=True)
             trainer.save(out)
         now = trainer.progress
         questions = bars.add_task("questions", total=plan.steps, completed=now.step)
@@ -97,7 +96,7 @@ def train(
             if now.step % LOG_EVERY == 0 or trainer.share >= 1:
                 with (out / LOG).open("a") as log:
                     log.write(json.dumps(asdict(now)) + "\n")
-                bars.console.print(_long(trainer), highlight=False)
+                bars.console.print(_long(trainer), highlight=False, soft_wrap=True)
             if time.perf_counter() - saved > SAVE_EVERY_S:
                 trainer.save(out)
                 saved = time.perf_counter()
@@ -111,6 +110,14 @@ def train(
         )
     (out / STATE).unlink()
     return scores
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Drop the lines of steps that the state on disk has not seen, or of another run."""
+    lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with replacing(log) as path:
+        path.write_text("".join(kept))
 
 
 def _short(trainer: Trainer) -> str:

@@ -2,7 +2,7 @@
 
 ``ask photo ada and code ben say`` is answered by ``photo ada 4 1 7 2 and code ben 9 0 3 5``. Mode S ends the
 prompt there, so no token that needs the context comes out of the unpruned prefill; mode A gives the answer's
-first two words in the prompt, so the first digit does.
+first words in the prompt, so the first digit does.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from csp_ext.evaluation import render
-from csp_ext.evaluation.vocabulary import COLOURS, DIGITS, EOS, ID, IMAGE, NAMES, SHAPES, decode, first
+from csp_ext.evaluation.vocabulary import DIGITS, EOS, ID, IMAGE, NAMES, decode, first
 from csp_ext.evaluation.world import DIGITS_PER_NUMBER, Contexts, Ints, Layout, sample_contexts
 
 TASKS: dict[str, tuple[str, ...]] = {
     "code": ("code",),
     "photo": ("photo",),
     "pin": ("pin",),
-    "item": ("item",),
     "photo_photo": ("photo", "photo"),
     "photo_code": ("photo", "code"),
     "code_photo": ("code", "photo"),
@@ -31,7 +30,6 @@ ABOUT = {
     "code": "a text needle among images",
     "photo": "an image needle",
     "pin": "what the assistant said in an earlier turn",
-    "item": "the colour of a shape in one image",
     "photo_photo": "the numbers of two images",
     "photo_code": "an image, then a text",
     "code_photo": "a text, then an image",
@@ -73,8 +71,6 @@ def ask(rng: np.random.Generator, contexts: Contexts, task: str) -> Questions:
             rng.permuted(np.tile(np.arange(3), (len(rows), 1)), axis=1),
             _pick(rng, contexts, sources),
         )
-    if task == "item":
-        return _item(rng, contexts)
     picks = _pick(rng, contexts, sources)
     return _join(contexts, task, np.tile(np.arange(len(sources)), (len(rows), 1)), picks)
 
@@ -116,19 +112,6 @@ def _join(contexts: Contexts, task: str, order: Ints, picks: list[Ints]) -> Ques
         question += [*link, source_word[:, at], name[:, at]]
         answer += [*link, source_word[:, at], name[:, at], number[:, at]]
     return _finish(task, rows, question, answer, where.reshape(len(rows), -1))
-
-
-def _item(rng: np.random.Generator, contexts: Contexts) -> Questions:
-    rows = np.arange(len(contexts.tokens))
-    pick = rng.integers(0, contexts.layout.photos, len(rows))
-    content, colour = contexts.content[rows, pick], contexts.colour[rows, pick]
-    cell = np.where(colour >= 0, rng.random(colour.shape), -1.0).argmax(1)
-    name = contexts.names["photo"][rows, pick, None] + first(NAMES)
-    shape = content[rows, cell, None] - render.FIRST_SHAPE + first(SHAPES)
-    about = [_column(rows, "item"), name, shape]
-    answer = [*about, colour[rows, cell, None] + first(COLOURS)]
-    evidence = contexts.image_starts[rows, pick] + cell
-    return _finish("item", rows, [_column(rows, "ask"), *about], answer, evidence[:, None])
 
 
 def _column(rows: Ints, word: str) -> Ints:
@@ -207,7 +190,7 @@ def make_samples(
     questions = ask(rng, contexts, task)
     begin = questions.answer
     if mode == "A":
-        begin += 3 if task == "item" else 2
+        begin += 2
     samples = []
     for b in range(count):
         # Without the beginning of the sequence, which the tokenizer adds; an image is one word.
@@ -234,10 +217,8 @@ def make_samples(
 
 
 def needs_context(tokens: Ints) -> NDArray[np.bool_]:
-    """Return which answer tokens need the context: digits and colours."""
-    digit = (tokens >= first(DIGITS)) & (tokens < first(DIGITS) + len(DIGITS))
-    colour = (tokens >= first(COLOURS)) & (tokens < first(COLOURS) + len(COLOURS))
-    return digit | colour
+    """Return which answer tokens need the context: the digits."""
+    return (tokens >= first(DIGITS)) & (tokens < first(DIGITS) + len(DIGITS))
 
 
 __all__ = [

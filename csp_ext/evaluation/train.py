@@ -35,7 +35,7 @@ CURRICULUM = (
 # Every task keeps this chance of being drawn, however well it goes.
 FLOOR = 0.1
 MEMORY = 0.9
-DECAY_FROM = 0.7
+DECAY_FROM = 0.55
 CLIP = 1.0
 STATE = "training.pt"
 
@@ -59,15 +59,15 @@ class Plan:
     matrix_lr, attention_lr, vector_lr, embedding_lr : float
         Of Muon for the decoder's matrices, for queries and keys; of AdamW for norms and head, and for the
         embeddings, which must stay what the images were aligned with.
-    bound, bound_weight : float
-        A row of attention logits costs ``bound_weight * max(0, lse - bound) ** 2``.
-    bounded_rows : int
+    lse, lse_weight : float
+        A row of attention logits costs ``lse_weight * (its log-sum-exp - lse) ** 2``.
+    lse_rows : int
         Rows of a batch that are looked at for it.
     """
 
     seed: int = 0
     num_kv_heads: int = HEADS
-    steps: int = 1600
+    steps: int = 500
     caption_steps: int = 700
     tokens: int = 8000
     slots: int = 12
@@ -75,9 +75,9 @@ class Plan:
     attention_lr: float = 0.01
     vector_lr: float = 2e-3
     embedding_lr: float = 2e-4
-    bound: float = 4.0
-    bound_weight: float = 2e-3
-    bounded_rows: int = 48
+    lse: float = 4.0
+    lse_weight: float = 1e-3
+    lse_rows: int = 48
 
 
 QUICK = Plan(steps=6, caption_steps=4, tokens=1500, slots=8)
@@ -175,15 +175,15 @@ class Trainer:
         begin = time.perf_counter()
         contexts, questions = self._draw()
         blocks = Blocks(contexts.layout.length, tuple(q.tokens.shape[1] for q in questions))
-        rows = np.sort(self.rng.choice(blocks.length, self.plan.bounded_rows, replace=False))
+        rows = np.sort(self.rng.choice(blocks.length, self.plan.lse_rows, replace=False))
         hidden, lse = decode(self.decoder, self._embed(contexts, questions), blocks, torch.from_numpy(rows))
         loss, exact = self._loss(hidden, questions)
-        excess = torch.stack([F.relu(layer - self.plan.bound).square().mean() for layer in lse]).sum()
+        stray = torch.stack([(layer - self.plan.lse).square().mean() for layer in lse]).sum()
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * min(1.0, (1 - self.share) / (1 - DECAY_FROM))
             optimizer.zero_grad()
-        (loss + self.plan.bound_weight * excess).backward()
+        (loss + self.plan.lse_weight * stray).backward()
         torch.nn.utils.clip_grad_norm_(self.optimizers[1].param_groups[0]["params"], CLIP)
         for optimizer in self.optimizers:
             optimizer.step()
