@@ -200,7 +200,7 @@ def train_eval_model(
         int, typer.Option(help="Threads of torch; more only on cores that are free.", min=1)
     ] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps, to see that it works.")] = False,
-    num_kv_heads: Annotated[int, typer.Option(help="4, or 2 or 1 for grouped-query attention.")] = 4,
+    num_kv_heads: Annotated[int, typer.Option(help="4, or 2 for grouped-query attention.")] = 4,
     as_json: Json = False,
 ) -> None:
     """Train the small model that the quality measurements use, from scratch, offline.
@@ -214,8 +214,8 @@ def train_eval_model(
         from csp_ext.evaluation.session import train
         from csp_ext.evaluation.train import QUICK, Plan
 
-        if num_kv_heads not in (1, 2, 4):
-            raise UserError(f"num-kv-heads must be 1, 2 or 4, got {num_kv_heads}")
+        if num_kv_heads not in (2, 4):
+            raise UserError(f"num-kv-heads must be 2 or 4, got {num_kv_heads}")
         if minutes is not None and not minutes > 0:
             raise UserError(f"minutes must be positive, got {minutes}")
         _quiet()

@@ -244,7 +244,7 @@ def test_the_command_names_mistakes(tmp_path):
         return run.output
 
     assert "holds no interrupted training" in refused("--resume", "--out", str(tmp_path))
-    assert "num-kv-heads must be 1, 2 or 4" in refused("--num-kv-heads", "3", "--out", str(tmp_path))
+    assert "num-kv-heads must be 2 or 4" in refused("--num-kv-heads", "3", "--out", str(tmp_path))
     (tmp_path / "training.pt").touch()
     assert "go on with --resume" in refused("--out", str(tmp_path))
     assert "cannot be created" in refused("--out", str(tmp_path / "training.pt"))

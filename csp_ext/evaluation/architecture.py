@@ -52,7 +52,7 @@ def build_model(seed: int, num_kv_heads: int = HEADS) -> LlavaForConditionalGene
     seed : int
         The global generator is left as it was.
     num_kv_heads : int
-        4, or 2 or 1 for grouped-query attention.
+        4, or 2 for grouped-query attention.
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -122,8 +122,8 @@ def _initialise(decoder: Any, head: Any, generator: torch.Generator) -> None:
 
     query, key, value, out = _heads(decoder.layers[0].self_attn)
     write = (count / HEAD_DIM) ** 0.5 / NORMED
-    near_key, near_query = _turning(shared, shared, NEAR_PAIRS, NEAR_LOGITS, NEAR_OFFSET, shared)
-    recent_key, recent_query = _turning(naming, shared, RECENT_PAIRS, RECENT_LOGITS, RECENT_OFFSET, shared)
+    near_key, near_query = _turning(shared, shared, NEAR_PAIRS, NEAR_LOGITS, NEAR_OFFSET)
+    recent_key, recent_query = _turning(naming, shared, RECENT_PAIRS, RECENT_LOGITS, RECENT_OFFSET)
     for h in range(HEADS):
         group = h * len(key) // HEADS
         if h < 2:
@@ -166,29 +166,29 @@ def _heads(attention: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _turning(
-    of_key: Tensor, of_query: Tensor, pairs: range, logits: tuple[float, ...], offset: float, constant: Tensor
+    kind: Tensor, shared: Tensor, pairs: range, logits: tuple[float, ...], offset: float
 ) -> tuple[Tensor, Callable[[float, float], Tensor]]:
-    """Return the key weights and a maker of query weights of a head that attends by distance.
+    """Return the key weights and a maker of query weights of a head that attends to a kind by distance.
 
     Pair j adds ``logits[j] * cos(turn_j * (distance + per_turn) + fixed)``; the slowest pair subtracts
     `offset`, which keeps the log-sum-exp of the row small.
     """
     scale = HEAD_DIM**0.25 / NORMED
     key, query_plain = torch.zeros(HEAD_DIM, HIDDEN), torch.zeros(HEAD_DIM, HIDDEN)
-    key[PAIRS - 1] = scale / SHARED * offset**0.5 * constant
-    query_plain[PAIRS - 1] = -scale / SHARED * offset**0.5 * constant
+    key[PAIRS - 1] = scale / SHARED * offset**0.5 * shared
+    query_plain[PAIRS - 1] = -scale / SHARED * offset**0.5 * shared
     # The shared direction is longer than the others by its length in the embedding.
-    key_scale = scale / (SHARED if of_key is constant else NAMING)
+    key_scale = scale / (SHARED if kind is shared else NAMING)
     for pair, logit in zip(pairs, logits, strict=True):
-        key[pair] = key_scale * logit**0.5 * of_key
+        key[pair] = key_scale * logit**0.5 * kind
 
     def query(per_turn: float, fixed: float) -> Tensor:
         made = query_plain.clone()
         for pair, logit in zip(pairs, logits, strict=True):
             phase = per_turn * ROPE_THETA ** (-pair / PAIRS) + fixed
             amplitude = scale / SHARED * logit**0.5
-            made[pair] = amplitude * math.cos(phase) * of_query
-            made[pair + PAIRS] = amplitude * math.sin(phase) * of_query
+            made[pair] = amplitude * math.cos(phase) * shared
+            made[pair + PAIRS] = amplitude * math.sin(phase) * shared
         return made
 
     return key, query

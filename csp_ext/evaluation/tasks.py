@@ -62,17 +62,11 @@ class Questions:
 
 def ask(rng: np.random.Generator, contexts: Contexts, task: str) -> Questions:
     """Draw one question per context."""
-    rows = np.arange(len(contexts.tokens))
     sources = TASKS[task]
+    order = np.tile(np.arange(len(sources)), (len(contexts.tokens), 1))
     if task == "triple":
-        return _join(
-            contexts,
-            task,
-            rng.permuted(np.tile(np.arange(3), (len(rows), 1)), axis=1),
-            _pick(rng, contexts, sources),
-        )
-    picks = _pick(rng, contexts, sources)
-    return _join(contexts, task, np.tile(np.arange(len(sources)), (len(rows), 1)), picks)
+        order = rng.permuted(order, axis=1)
+    return _join(contexts, task, order, _pick(rng, contexts, sources))
 
 
 def _pick(rng: np.random.Generator, contexts: Contexts, sources: tuple[str, ...]) -> list[Ints]:
@@ -111,17 +105,13 @@ def _join(contexts: Contexts, task: str, order: Ints, picks: list[Ints]) -> Ques
         link = [_column(rows, "and")] if at else []
         question += [*link, source_word[:, at], name[:, at]]
         answer += [*link, source_word[:, at], name[:, at], number[:, at]]
-    return _finish(task, rows, question, answer, where.reshape(len(rows), -1))
+    question.append(_column(rows, "say"))
+    tokens = np.concatenate([*question, *answer, np.full((len(rows), 1), EOS)], 1)
+    return Questions(task, tokens, sum(part.shape[1] for part in question), where.reshape(len(rows), -1))
 
 
 def _column(rows: Ints, word: str) -> Ints:
     return np.full((len(rows), 1), ID[word])
-
-
-def _finish(task: str, rows: Ints, question: list[Ints], answer: list[Ints], evidence: Ints) -> Questions:
-    question = [*question, _column(rows, "say")]
-    tokens = np.concatenate([*question, *answer, np.full((len(rows), 1), EOS)], 1)
-    return Questions(task, tokens, sum(part.shape[1] for part in question), evidence)
 
 
 @dataclass(frozen=True)
