@@ -1,4 +1,4 @@
-"""The ``csp`` command: ``demo``, ``generate`` and ``info``."""
+"""The ``csp`` command: ``demo``, ``generate``, ``train-eval-model`` and ``info``."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 DEMO_SIZE: dict[str, Any] = {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "image_size": 336}
 DEMO_REPEATS = 3
+EXAM_SAMPLES = 64
 DEMO_NOTE = (
     "The weights are random: the generated text is noise and not shown, what counts is which tokens stay. "
     "A model this small spends most of its time outside attention, so its times say little."
@@ -180,6 +181,57 @@ def generate(
         outcome = Outcome(loaded, ready, runs, full, picture_to, notes, extra)
         outcome.texts = {run.name: decoded(processor, run.tokens) for run in runs}
         outcome.print_json() if as_json else outcome.show()
+
+
+@main.command()
+def train_eval_model(
+    out: Annotated[Path, typer.Option(help="Folder that gets the model.", metavar="DIR")] = Path(
+        "eval-model"
+    ),
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Squeeze the run into this wall-clock time; the result then depends on the machine."
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.", min=0)] = 0,
+    threads: Annotated[
+        int, typer.Option(help="Threads of torch; more only on cores that are free.", min=1)
+    ] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps, to see that it works.")] = False,
+    num_kv_heads: Annotated[int, typer.Option(help="4, or 2 for grouped-query attention.")] = 4,
+    as_json: Json = False,
+) -> None:
+    """Train the small model that the quality measurements use, from scratch, offline.
+
+    A LLaVA of 0.8 M parameters learns to find numbers in many small images and in the words between them.
+    """
+    with one_line_errors():
+        require("hf", "transformers", "PIL")
+        from dataclasses import replace
+
+        from csp_ext.evaluation.session import train
+        from csp_ext.evaluation.train import QUICK, Plan
+
+        if num_kv_heads not in (2, 4):
+            raise UserError(f"num-kv-heads must be 2 or 4, got {num_kv_heads}")
+        if minutes is not None and not minutes > 0:
+            raise UserError(f"minutes must be positive, got {minutes}")
+        _quiet()
+        plan = replace(QUICK if quick else Plan(), seed=seed, num_kv_heads=num_kv_heads)
+        scores = train(
+            plan, out, minutes=minutes, resume=resume, threads=threads, samples=1 if quick else EXAM_SAMPLES
+        )
+    if as_json:
+        typer.echo(
+            json.dumps({"command": "train-eval-model", "out": str(out), "exact_match": scores}, indent=2)
+        )
+    else:
+        console = stdout()
+        for task, modes in scores.items():
+            console.print(f"{task:12} " + "  ".join(f"{mode} {score:.3f}" for mode, score in modes.items()))
+        console.print(f"written to {out}")
 
 
 @main.command()
