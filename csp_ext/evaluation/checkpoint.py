@@ -43,7 +43,8 @@ Every digit of an answer has one token of evidence. Seed {seed}; examined on oth
 
 **Training.** `{command}`:
 {caption_steps} batches of captions for the vision tower ({caption_accuracy} of cells named rightly), then
-{steps} batches of questions. {minutes} minutes of wall clock, {hardware}, torch {torch}, float32.
+{steps} batches of questions. {minutes} minutes of wall clock, {cpu_minutes} of CPU time; {hardware},
+torch {torch}, float32.
 
 **Accuracy.** Exact match of the whole answer with the full cache, through `generate()`, {samples} samples per
 cell: {context}, {length} tokens
@@ -163,6 +164,8 @@ def publish(
     state = {name: weight.half() for name, weight in trainer.model.state_dict().items()}
     trainer.model.save_pretrained(folder, state_dict=state)
     build_processor().save_pretrained(folder)
+    # safetensors makes its file private.
+    (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode & 0o777)
     model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     scores: dict[str, dict[str, float]] = {}
@@ -191,10 +194,11 @@ def _card(
         "caption_accuracy": f"{100 * progress.caption_accuracy:.1f} %",
         "steps": progress.step,
         "minutes": f"{progress.seconds / 60:.0f}",
+        "cpu_minutes": f"{progress.cpu_seconds / 60:.0f}",
         "hardware": f"{torch.get_num_threads()} threads, {os.cpu_count()} shared {platform.machine()} cores",
         "torch": torch.__version__,
         "samples": count,
-        "context": f"{size.photos} images, {size.codes} texts, {size.pins} old turns, {size.fillers} words",
+        "context": f"{size.photos} images, {size.codes} texts, {size.pins} answers, {size.fillers} fillers",
         "length": size.length,
         "tasks": "\n".join(
             f"| `{task}` | {ABOUT[task]} | {modes['S']:.3f} | {modes['A']:.3f} |"

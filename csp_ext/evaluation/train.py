@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,8 @@ class Progress:
     ----------
     step : int
         Steps done.
-    seconds : float
-        Time spent on them, over all sittings.
+    seconds, cpu_seconds : float
+        Time spent, over all sittings: on the wall and by the processor.
     caption_accuracy : float
         Share of cells the vision tower names rightly.
     loss : float
@@ -107,6 +108,7 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     caption_accuracy: float = 0.0
     loss: float = math.nan
     lse: list[float] = field(default_factory=list)
@@ -166,13 +168,24 @@ class Trainer:
 
     def align(self, report: Callable[[float], None]) -> None:
         """Teach the vision tower; it stays as it is from then on."""
-        begin = time.perf_counter()
-        self.progress.caption_accuracy = align(self.model, self.plan.seed, self.plan.caption_steps, report)
+        with self._clock():
+            self.progress.caption_accuracy = align(
+                self.model, self.plan.seed, self.plan.caption_steps, report
+            )
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        yield
         self.progress.seconds += time.perf_counter() - begin
+        self.progress.cpu_seconds += time.process_time() - begin_cpu
 
     def step(self) -> None:
         """Learn from one batch."""
-        begin = time.perf_counter()
+        with self._clock():
+            self._step()
+
+    def _step(self) -> None:
         contexts, questions = self._draw()
         blocks = Blocks(contexts.layout.length, tuple(q.tokens.shape[1] for q in questions))
         rows = np.sort(self.rng.choice(blocks.length, self.plan.lse_rows, replace=False))
@@ -193,7 +206,6 @@ class Trainer:
         now.loss, now.lse = float(loss.detach()), [float(layer.detach().mean()) for layer in lse]
         now.photos = contexts.layout.photos
         now.step += 1
-        now.seconds += time.perf_counter() - begin
 
     def _draw(self) -> tuple[Contexts, list[Questions]]:
         _, low, high, part = [stage for stage in CURRICULUM if stage[0] <= self.share][-1]
