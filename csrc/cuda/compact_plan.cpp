@@ -21,11 +21,7 @@ CompactCut compact_cut(const CompactParams& p, const void* in, const Strides& st
 }
 
 Plan plan_compact_cuda(const CompactParams& p, const CudaDevice&) {
-  const int64_t rows = p.batch * p.num_kv_heads * p.budget;
-  Plan plan;
-  plan.bytes_written = rows * (p.head_dim + p.value_dim) * p.element_bytes;
-  plan.bytes_read =
-      plan.bytes_written + p.batch * p.score_heads * p.budget * static_cast<int64_t>(sizeof(int32_t));
+  Plan plan = cost_of(p);
   plan.launches = plan.bytes_written > 0 ? 1 : 0;
   return plan;
 }

@@ -5,20 +5,14 @@
 
 namespace csp {
 
-// Whether every row of [.., .., .., D] begins on a vector of `elements`; the stride of a single one is idle.
-inline bool decode_aligned(const void* data, const Strides& stride, int64_t batch, int64_t heads,
-                           int64_t rows, int64_t elements, int64_t element_bytes) {
-  const auto whole = [&](int64_t size, int64_t step) { return size <= 1 || step % elements == 0; };
-  return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(elements * element_bytes) == 0 &&
-         whole(batch, stride.batch) && whole(heads, stride.head) && whole(rows, stride.row);
-}
-
+// Whether query, key and value can be read in vectors of `elements`.
 inline bool decode_aligned(const DecodeParams& p, int64_t elements) {
-  const int64_t bytes = dtype_bytes(p.dtype);
+  const auto bytes = static_cast<uint64_t>(elements * dtype_bytes(p.dtype));
   return p.head_dim % elements == 0 &&
-         decode_aligned(p.query, p.query_stride, p.batch, p.num_heads, p.queries, elements, bytes) &&
-         decode_aligned(p.key, p.key_stride, p.batch, p.num_kv_heads, p.capacity, elements, bytes) &&
-         decode_aligned(p.value, p.value_stride, p.batch, p.num_kv_heads, p.capacity, elements, bytes);
+         (address_of(p.query) | address_of(p.key) | address_of(p.value)) % bytes == 0 &&
+         rows_on_vectors(p.query_stride, p.batch, p.num_heads, p.queries, elements) &&
+         rows_on_vectors(p.key_stride, p.batch, p.num_kv_heads, p.capacity, elements) &&
+         rows_on_vectors(p.value_stride, p.batch, p.num_kv_heads, p.capacity, elements);
 }
 
 struct DecodeLaunch {
@@ -90,13 +84,12 @@ CudaStatus launch_decode(const DecodeParams& params, const DecodeCudaPlan& plan,
   launch.shape.cluster = plan.clustered ? static_cast<int32_t>(plan.splits) : 1;
 
   CudaStatus status;
+  bool on_tensor_cores = false;
   if constexpr (sizeof(T) == 2) {
-    if (plan.tensor_cores && decode_aligned(params, 8)) {
-      status = launch_decode_mma<T>(launch);
-    } else {
-      status = decode_aligned(params, 4) ? launch_decode_fma<T, 4>(launch) : launch_decode_fma<T, 1>(launch);
-    }
-  } else {
+    on_tensor_cores = plan.tensor_cores && decode_aligned(params, 8);
+    if (on_tensor_cores) status = launch_decode_mma<T>(launch);
+  }
+  if (!on_tensor_cores) {
     status = decode_aligned(params, 4) ? launch_decode_fma<T, 4>(launch) : launch_decode_fma<T, 1>(launch);
   }
   if (!status.ok() || plan.launches == 1) return status;

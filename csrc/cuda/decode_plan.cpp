@@ -51,14 +51,9 @@ size_t decode_cuda_workspace_bytes(const DecodeParams& params, const CudaDevice&
 }
 
 Plan plan_decode_cuda(const DecodeParams& p, const CudaDevice& device) {
-  const int64_t element = dtype_bytes(p.dtype), real = dtype_bytes(accumulate_dtype(p.dtype));
-  const int64_t queries = p.batch * p.num_heads * p.queries;
   const DecodeCudaPlan cut = decode_cuda_plan(p, device);
-  Plan plan;
+  Plan plan = cost_of(p);
   plan.workspace_bytes = cut.workspace_bytes;
-  plan.bytes_read = (queries + 2 * p.batch * p.num_kv_heads * p.capacity) * p.head_dim * element;
-  plan.bytes_written = queries * (p.head_dim * element + real);
-  plan.flops = 4 * queries * p.capacity * p.head_dim;
   plan.launches = cut.launches;
   return plan;
 }

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "csp/cuda.h"
+#include "csp/types.h"
 
 // What the host code of a launcher needs, without a CUDA header.
 
@@ -44,6 +45,14 @@ template <typename... Integers>
 constexpr int vector_bytes(Integers... multiples) {
   const uint64_t bits = (static_cast<uint64_t>(multiples) | ... | 16u);
   return static_cast<int>(bits & (~bits + 1));
+}
+
+// Whether every row of a [batch, heads, rows, ..] tensor begins on a multiple of `elements`, where the first
+// does: the stride of a single one is never taken.
+constexpr bool rows_on_vectors(const Strides& stride, int64_t batch, int64_t heads, int64_t rows,
+                               int64_t elements) {
+  return (batch <= 1 || stride.batch % elements == 0) && (heads <= 1 || stride.head % elements == 0) &&
+         (rows <= 1 || stride.row % elements == 0);
 }
 
 inline uint64_t address_of(const void* pointer) {

@@ -18,12 +18,6 @@ int32_t padded_dim(int64_t head_dim) {
   return 0;
 }
 
-// Rows of 16 bytes: a stride that is never taken may be anything.
-bool rows_are_vectors(const Strides& stride, int64_t batch, int64_t heads, int64_t rows, int64_t elements) {
-  return (batch <= 1 || stride.batch % elements == 0) && (heads <= 1 || stride.head % elements == 0) &&
-         (rows <= 1 || stride.row % elements == 0);
-}
-
 int64_t rows_shared_bytes(int32_t dim) {
   return int64_t{kMmaStages} * mma_key_tile(dim) * dim * 2 + kMmaThreads * 2 * 4 + 2 * mma_key_tile(dim) / 8;
 }
@@ -135,7 +129,7 @@ void plan_fma(ScoreCudaPlan& plan, const ScoreParams& p, const CudaDevice& devic
 }  // namespace
 
 bool score_is_aligned(const ScoreParams& p) {
-  return reinterpret_cast<uintptr_t>(p.query) % 16 == 0 && reinterpret_cast<uintptr_t>(p.key) % 16 == 0;
+  return address_of(p.query) % 16 == 0 && address_of(p.key) % 16 == 0;
 }
 
 ScoreCudaPlan score_cuda_plan(const ScoreParams& p, const CudaDevice& device, bool aligned) {
@@ -148,8 +142,8 @@ ScoreCudaPlan score_cuda_plan(const ScoreParams& p, const CudaDevice& device, bo
     plan.dim = padded_dim(p.head_dim);
     const int64_t elements = 16 / dtype_bytes(p.dtype);
     plan.vectors = aligned && p.head_dim % elements == 0 &&
-                   rows_are_vectors(p.query_stride, p.batch, p.num_heads, p.window, elements) &&
-                   rows_are_vectors(p.key_stride, p.batch, p.num_kv_heads, p.keys, elements);
+                   rows_on_vectors(p.query_stride, p.batch, p.num_heads, p.window, elements) &&
+                   rows_on_vectors(p.key_stride, p.batch, p.num_kv_heads, p.keys, elements);
     const bool mma = plan.vectors && p.dtype != DType::kFloat32 && device.capability >= 80 && plan.rows > 0 &&
                      p.head_dim > 0 && plan.dim > 0;
     if (!mma || (!plan_cluster(plan, p, device) && !plan_mma(plan, p, device))) plan_fma(plan, p, device);
@@ -174,14 +168,8 @@ size_t score_cuda_workspace_bytes(const ScoreParams& params, const CudaDevice& d
 }
 
 Plan plan_score_cuda(const ScoreParams& p, const CudaDevice& device) {
-  const int64_t element = dtype_bytes(p.dtype), queries = p.batch * p.num_heads * p.window;
-  const int64_t score_heads = p.heads == Heads::kShared ? 1 : p.num_kv_heads;
-  Plan plan;
+  Plan plan = cost_of(p);
   plan.workspace_bytes = static_cast<int64_t>(score_cuda_workspace_bytes(p, device));
-  plan.bytes_read = (queries + p.batch * p.num_kv_heads * p.keys) * p.head_dim * element +
-                    p.batch * (p.keys + p.window) + (p.lse != nullptr ? queries * 4 : 0);
-  plan.bytes_written = 2 * p.batch * score_heads * p.keys * 4;
-  plan.flops = 2 * queries * p.keys * p.head_dim;
   plan.launches = score_cuda_plan(p, device, true).launches;
   return plan;
 }

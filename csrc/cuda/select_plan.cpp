@@ -95,11 +95,8 @@ size_t select_cuda_workspace_bytes(const SelectParams& params, const CudaDevice&
 
 Plan plan_select_cuda(const SelectParams& p, const CudaDevice& device) {
   const SelectPlan own = make_select_plan(p, device);
-  const int64_t rows = p.batch * p.score_heads;
-  Plan plan;
+  Plan plan = cost_of(p);
   plan.workspace_bytes = own.workspace_bytes;
-  plan.bytes_read = 2 * rows * p.keys * dtype_bytes(p.dtype) + p.batch * (p.keys + p.window);
-  plan.bytes_written = rows * (p.budget + 1) * static_cast<int64_t>(sizeof(int32_t));
   plan.launches = own.launches;
   return plan;
 }

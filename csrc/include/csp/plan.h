@@ -19,6 +19,46 @@ struct Plan {
   int64_t launches = 0;  // CUDA: kernels on the stream
 };
 
+// The bytes and operations of a call alone: they are the same on every device.
+inline Plan cost_of(const ScoreParams& p) {
+  const int64_t element = dtype_bytes(p.dtype), real = dtype_bytes(accumulate_dtype(p.dtype));
+  const int64_t queries = p.batch * p.num_heads * p.window;
+  const int64_t score_heads = p.heads == Heads::kShared ? 1 : p.num_kv_heads;
+  Plan plan;
+  plan.bytes_read = (queries + p.batch * p.num_kv_heads * p.keys) * p.head_dim * element +
+                    p.batch * (p.keys + p.window) + (p.lse != nullptr ? queries * real : 0);
+  plan.bytes_written = 2 * p.batch * score_heads * p.keys * real;
+  plan.flops = 2 * queries * p.keys * p.head_dim;
+  return plan;
+}
+
+inline Plan cost_of(const SelectParams& p) {
+  const int64_t rows = p.batch * p.score_heads;
+  Plan plan;
+  plan.bytes_read = 2 * rows * p.keys * dtype_bytes(p.dtype) + p.batch * (p.keys + p.window);
+  plan.bytes_written = rows * (p.budget + 1) * static_cast<int64_t>(sizeof(int32_t));
+  return plan;
+}
+
+inline Plan cost_of(const CompactParams& p) {
+  const int64_t rows = p.batch * p.num_kv_heads * p.budget;
+  Plan plan;
+  plan.bytes_written = rows * (p.head_dim + p.value_dim) * p.element_bytes;
+  plan.bytes_read =
+      plan.bytes_written + p.batch * p.score_heads * p.budget * static_cast<int64_t>(sizeof(int32_t));
+  return plan;
+}
+
+inline Plan cost_of(const DecodeParams& p) {
+  const int64_t element = dtype_bytes(p.dtype), real = dtype_bytes(accumulate_dtype(p.dtype));
+  const int64_t queries = p.batch * p.num_heads * p.queries;
+  Plan plan;
+  plan.bytes_read = (queries + 2 * p.batch * p.num_kv_heads * p.capacity) * p.head_dim * element;
+  plan.bytes_written = queries * (p.head_dim * element + real);
+  plan.flops = 4 * queries * p.capacity * p.head_dim;
+  return plan;
+}
+
 Plan plan_score_cpu(const ScoreParams& params, int32_t num_threads);
 Plan plan_select_cpu(const SelectParams& params, int32_t num_threads);
 Plan plan_compact_cpu(const CompactParams& params);
