@@ -28,7 +28,7 @@ from csp_ext.evaluation.vocabulary import DIGITS, ID, IMAGE, WORDS, encode
 from csp_ext.evaluation.vocabulary import decode as words_of
 from csp_ext.evaluation.world import Layout, sample_contexts
 
-SMALL = Layout(photos=3, codes=2, pins=2, fillers=5)
+SMALL = Layout(photos=3, codes=2, pins=2, links=2, fillers=5)
 
 
 def rng(seed=0):

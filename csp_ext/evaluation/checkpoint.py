@@ -38,7 +38,8 @@ A LLaVA of {parameters} parameters that answers questions about many small image
 well enough that what pruning costs can be seen. It knows nothing of the real world.
 
 **Data.** Generated, see `world.py` and `tasks.py`: photos with a name, of a grid of cells that shows a number
-and three coloured shapes; numbers told in text; numbers that the assistant gave in an earlier turn; fillers.
+and three coloured shapes; numbers told in text; numbers that the assistant gave in an earlier turn; links that
+lead from a name to the photo or the text of another; fillers.
 Every digit of an answer has one token of evidence. Seed {seed}; examined on other seeds.
 
 **Training.** `{command}`:
@@ -198,7 +199,8 @@ def _card(
         "hardware": f"{torch.get_num_threads()} threads, {os.cpu_count()} shared {platform.machine()} cores",
         "torch": torch.__version__,
         "samples": count,
-        "context": f"{size.photos} images, {size.codes} texts, {size.pins} answers, {size.fillers} fillers",
+        "context": f"{size.photos} images, {size.codes} texts, {size.pins} answers, {size.links} links, "
+        f"{size.fillers} fillers",
         "length": size.length,
         "tasks": "\n".join(
             f"| `{task}` | {ABOUT[task]} | {modes['S']:.3f} | {modes['A']:.3f} |"

@@ -2,7 +2,8 @@
 
 ``ask photo ada and code ben say`` is answered by ``photo ada 4 1 7 2 and code ben 9 0 3 5``. Mode S ends the
 prompt there, so no token that needs the context comes out of the unpruned prefill; mode A gives the answer's
-first words in the prompt, so the first digit does.
+first words in the prompt, so the first digit does. A question about a link, ``ask link ada say``, is answered by
+``link ada photo ben 4 1 7 2``: no token of the prompt names what the digits are looked up by.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from numpy.typing import NDArray
 
 from csp_ext.evaluation import render
 from csp_ext.evaluation.vocabulary import DIGITS, EOS, ID, IMAGE, NAMES, decode, first
-from csp_ext.evaluation.world import DIGITS_PER_NUMBER, Contexts, Ints, Layout, sample_contexts
+from csp_ext.evaluation.world import (
+    DIGITS_PER_NUMBER,
+    Contexts,
+    Ints,
+    Layout,
+    linked_sources,
+    sample_contexts,
+)
 
 TASKS: dict[str, tuple[str, ...]] = {
     "code": ("code",),
@@ -25,6 +33,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "photo_code": ("photo", "code"),
     "code_photo": ("code", "photo"),
     "triple": ("photo", "code", "pin"),
+    "link_photo": ("link photo",),
+    "link_code": ("link code",),
 }
 ABOUT = {
     "code": "a text needle among images",
@@ -34,6 +44,8 @@ ABOUT = {
     "photo_code": "an image, then a text",
     "code_photo": "a text, then an image",
     "triple": "an image, a text and an earlier turn, in any order",
+    "link_photo": "a text, and the image that only this text names",
+    "link_code": "a text, and another text that only the first names",
 }
 SHARE_OF_ONE_NAME = 0.25
 
@@ -74,6 +86,11 @@ def _pick(rng: np.random.Generator, contexts: Contexts, sources: tuple[str, ...]
     batch = len(contexts.tokens)
     picks: list[Ints] = []
     for at, source in enumerate(sources):
+        if source.startswith("link "):
+            kinds = linked_sources(contexts.layout.links)
+            leading = [link for link, kind in enumerate(kinds) if source == f"link {kind}"]
+            picks.append(rng.choice(leading, batch))
+            continue
         count = contexts.layout.counts[source]
         if source in sources[:at]:
             picks.append((picks[0] + rng.integers(1, count, batch)) % count)
@@ -87,24 +104,32 @@ def _pick(rng: np.random.Generator, contexts: Contexts, sources: tuple[str, ...]
     return picks
 
 
+def _reference(contexts: Contexts, source: str, pick: Ints) -> tuple[Ints, Ints, Ints]:
+    """Return what names a block in the question, what the answer says of it, and where that stands."""
+    rows = np.arange(len(pick))
+    if source.startswith("link "):
+        link, source = source.split()
+        asked = np.stack((np.full(len(pick), ID[link]), contexts.names[link][rows, pick] + first(NAMES)), 1)
+        where = contexts.positions[link][rows, pick]
+        _, told, digits = _reference(contexts, source, contexts.targets[rows, pick])
+        return asked, np.concatenate((asked, told), 1), np.concatenate((where, digits), 1)
+    asked = np.stack((np.full(len(pick), ID[source]), contexts.names[source][rows, pick] + first(NAMES)), 1)
+    number = contexts.numbers[source][rows, pick] + first(DIGITS)
+    return asked, np.concatenate((asked, number), 1), contexts.positions[source][rows, pick]
+
+
 def _join(contexts: Contexts, task: str, order: Ints, picks: list[Ints]) -> Questions:
-    sources = TASKS[task]
     rows = np.arange(len(contexts.tokens))
-    parts = []
-    for source, pick in zip(sources, picks, strict=True):
-        name = contexts.names[source][rows, pick] + first(NAMES)
-        number = contexts.numbers[source][rows, pick] + first(DIGITS)
-        parts.append((_column(rows, source), name[:, None], number, contexts.positions[source][rows, pick]))
+    parts = [_reference(contexts, s, pick) for s, pick in zip(TASKS[task], picks, strict=True)]
     # [B, references, ...], then in the order of each row's question
-    source_word, name, number, where = (
-        np.take_along_axis(stacked, order.reshape(*order.shape, 1), 1)
-        for stacked in (np.stack(kind, 1) for kind in zip(*parts, strict=True))
+    asked, told, where = (
+        np.take_along_axis(np.stack(kind, 1), order[..., None], 1) for kind in zip(*parts, strict=True)
     )
     question, answer = [_column(rows, "ask")], []
-    for at in range(len(sources)):
+    for at in range(len(parts)):
         link = [_column(rows, "and")] if at else []
-        question += [*link, source_word[:, at], name[:, at]]
-        answer += [*link, source_word[:, at], name[:, at], number[:, at]]
+        question += [*link, asked[:, at]]
+        answer += [*link, told[:, at]]
     question.append(_column(rows, "say"))
     tokens = np.concatenate([*question, *answer, np.full((len(rows), 1), EOS)], 1)
     return Questions(task, tokens, sum(part.shape[1] for part in question), where.reshape(len(rows), -1))
@@ -148,7 +173,7 @@ class Sample:
         return f"{self.context} {self.question}"
 
 
-SUITE_LAYOUT = Layout(photos=12, codes=6, pins=4, fillers=24)
+SUITE_LAYOUT = Layout(photos=12, codes=6, pins=4, links=6, fillers=24)
 
 
 def make_samples(

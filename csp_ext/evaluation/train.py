@@ -68,7 +68,7 @@ class Plan:
 
     seed: int = 0
     num_kv_heads: int = HEADS
-    steps: int = 500
+    steps: int = 650
     caption_steps: int = 700
     tokens: int = 8000
     slots: int = 12
@@ -211,7 +211,11 @@ class Trainer:
         _, low, high, part = [stage for stage in CURRICULUM if stage[0] <= self.share][-1]
         photos = int(self.rng.integers(low, high + 1))
         layout = Layout(
-            photos, max(2, photos // 2), max(2, photos // 3), int(self.rng.integers(0, 2 * photos + 1))
+            photos,
+            codes=max(2, photos // 2),
+            pins=max(2, photos // 3),
+            links=max(2, photos // 2),
+            fillers=int(self.rng.integers(0, 2 * photos + 1)),
         )
         chance = np.array([FLOOR + 1 - self.progress.exact[task] for task in TASKS])
         tasks = self.rng.choice(list(TASKS), self.plan.slots, p=chance / chance.sum())

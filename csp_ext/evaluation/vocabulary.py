@@ -12,7 +12,7 @@ COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan", "orange", "viole
 SHAPES = ("square", "disk", "cross", "ring", "triangle", "bars", "saltire", "diamond")
 PLACES = ("row1", "row2", "row3", "row4", "col1", "col2", "col3", "col4")
 BLANK = ("blank",)
-SOURCES = ("photo", "code", "pin")
+SOURCES = ("photo", "code", "pin", "link")
 FRAME = ("ask", "and", "say")
 FILLERS = (
     *("the", "so", "well", "of", "also", "then", "now", "here"),

@@ -1,4 +1,7 @@
-"""The generated world: photos that show numbers and objects, codes in text, pins from an earlier turn."""
+"""The generated world: photos that show numbers and objects, codes in text, pins from an earlier turn.
+
+Links say of a name where its number is: in the photo, or the code, of another name.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,11 @@ PHOTO = (ID["photo"], -1, *(IMAGE,) * render.CELLS)
 CODE = (ID["code"], -1, *(-2,) * DIGITS_PER_NUMBER)
 # An exchange earlier in the conversation: the user asked for a pin, the assistant gave it.
 PIN = (ID["ask"], ID["pin"], -1, ID["say"], ID["pin"], -1, *(-2,) * DIGITS_PER_NUMBER)
-BLOCKS = {"photo": PHOTO, "code": CODE, "pin": PIN}
+LINK = (ID["link"], -1, -2, -2)
+BLOCKS = {"photo": PHOTO, "code": CODE, "pin": PIN, "link": LINK}
+NUMBERED = ("photo", "code", "pin")
+# What links lead to, in turn.
+LINKED = ("photo", "code")
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,8 @@ class Layout:
 
     Attributes
     ----------
-    photos, codes, pins : int
-        Images, facts in text, and earlier exchanges; at most 24 each.
+    photos, codes, pins, links : int
+        Images, facts in text, earlier exchanges, and references to another name; at most 24 each.
     fillers : int
         Words without meaning, strewn between them.
     """
@@ -36,12 +43,13 @@ class Layout:
     photos: int
     codes: int
     pins: int
+    links: int
     fillers: int
 
     @property
     def counts(self) -> dict[str, int]:
         """Blocks per source."""
-        return {"photo": self.photos, "code": self.codes, "pin": self.pins}
+        return {"photo": self.photos, "code": self.codes, "pin": self.pins, "link": self.links}
 
     @property
     def length(self) -> int:
@@ -66,9 +74,11 @@ class Contexts:
     names : dict of [B, count] int64
         Per source, an index into ``NAMES`` for each block.
     numbers : dict of [B, count, 4] int64
-        Per source, the digits of each block; they differ within a number.
+        Per source but links, the digits of each block; they differ within a number.
+    targets : [B, links] int64
+        The block each link leads to, of the source ``LINKED[link % 2]``.
     positions : dict of [B, count, 4] int64
-        Per source, where those digits stand in `tokens`.
+        Per source, where those digits stand in `tokens`; for links [B, count, 2], the source and the name.
     image_starts : [B, photos] int64
         Where each image's first token stands.
     """
@@ -80,6 +90,7 @@ class Contexts:
     pixels: NDArray[np.uint8]
     names: dict[str, Ints]
     numbers: dict[str, Ints]
+    targets: Ints
     positions: dict[str, Ints]
     image_starts: Ints
 
@@ -113,6 +124,21 @@ def sample_numbers(rng: np.random.Generator, count: int) -> Ints:
     return rng.permuted(np.tile(np.arange(len(DIGITS)), (count, 1)), axis=1)[:, :DIGITS_PER_NUMBER]
 
 
+def linked_sources(count: int) -> list[str]:
+    """Return the source that each of `count` links leads to."""
+    return [LINKED[link % len(LINKED)] for link in range(count)]
+
+
+def _told(names: dict[str, Ints], targets: Ints) -> Ints:
+    """Return [B, links, 2], the source and the name that each link tells."""
+    rows = np.arange(len(targets))
+    told = np.empty((*targets.shape, 2), np.int64)
+    for link, source in enumerate(linked_sources(targets.shape[1])):
+        told[:, link, 0] = ID[source]
+        told[:, link, 1] = names[source][rows, targets[:, link]] + first(NAMES)
+    return told
+
+
 def sample_contexts(rng: np.random.Generator, layout: Layout, batch: int) -> Contexts:
     """Draw `batch` contexts; blocks and fillers come in random order.
 
@@ -130,8 +156,11 @@ def sample_contexts(rng: np.random.Generator, layout: Layout, batch: int) -> Con
         s: rng.permuted(np.tile(np.arange(len(NAMES)), (batch, 1)), axis=1)[:, :n] for s, n in counts.items()
     }
     numbers = {
-        s: sample_numbers(rng, batch * n).reshape(batch, n, DIGITS_PER_NUMBER) for s, n in counts.items()
+        s: sample_numbers(rng, batch * counts[s]).reshape(batch, counts[s], DIGITS_PER_NUMBER)
+        for s in NUMBERED
     }
+    targets = np.stack([rng.integers(0, counts[s], batch) for s in linked_sources(layout.links)], 1)
+    told = {s: numbers[s] + first(DIGITS) for s in NUMBERED} | {"link": _told(names, targets)}
     content, colour, row = sample_cells(rng, numbers["photo"].reshape(-1, DIGITS_PER_NUMBER))
     pixels = render.render(content, colour, rng)
 
@@ -151,15 +180,16 @@ def sample_contexts(rng: np.random.Generator, layout: Layout, batch: int) -> Con
             index = used[source]
             used[source] += 1
             starts[source][b, index] = len(text)
-            digits = iter(numbers[source][b, index] + first(DIGITS))
+            facts = iter(told[source][b, index])
             name = names[source][b, index] + first(NAMES)
-            text += [name if t == -1 else next(digits) if t == -2 else t for t in BLOCKS[source]]
+            text += [name if t == -1 else next(facts) if t == -2 else t for t in BLOCKS[source]]
         tokens[b] = text
 
     step = np.arange(DIGITS_PER_NUMBER)
     image_starts = starts["photo"] + 2
     row = row.reshape(batch, layout.photos)
     positions = {s: starts[s][..., None] + len(BLOCKS[s]) - DIGITS_PER_NUMBER + step for s in ("code", "pin")}
+    positions["link"] = starts["link"][..., None] + len(LINK) - 2 + np.arange(2)
     positions["photo"] = image_starts[..., None] + render.GRID * row[..., None] + step
     cells = (batch, layout.photos, render.CELLS)
     return Contexts(
@@ -170,6 +200,7 @@ def sample_contexts(rng: np.random.Generator, layout: Layout, batch: int) -> Con
         pixels=pixels.reshape(batch, layout.photos, render.SIZE, render.SIZE, 3),
         names=names,
         numbers=numbers,
+        targets=targets,
         positions=positions,
         image_starts=image_starts,
     )
