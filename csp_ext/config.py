@@ -20,6 +20,23 @@ RELEASE_ZERO_K_SELF = 308
 RELEASE_ZERO_K_CROSS = 1
 
 
+def slots_of(budget: float | int | None, length: int) -> int:
+    """Return T of a budget for a batch whose longest row has `length` real tokens.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If it is neither a share in (0, 1] nor a positive int.
+    """
+    if not isinstance(budget, float):
+        check_int("budget", budget, 1)
+        return cast(int, budget)
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget as a share must lie in (0, 1], got {budget}")
+    # The small term keeps decimal shares exact: 0.29 * 100 is 28.999...
+    return max(1, math.floor(budget * length + 1e-6))
+
+
 @dataclass(frozen=True)
 class ResolvedConfig:
     """A CSPConfig for prompts of one length: every size is an int.
@@ -163,11 +180,7 @@ class CSPConfig:
     def _check_sizes(self) -> None:
         if self.recent_bias != 1:
             raise ValueError(f"recent_bias needs hh_ratio and recent_ratio, got {self.recent_bias}")
-        if isinstance(self.budget, float):
-            if not 0 < self.budget <= 1:
-                raise ValueError(f"budget as a share must lie in (0, 1], got {self.budget}")
-        else:
-            check_int("budget", self.budget, 1)
+        slots_of(self.budget, 1)
         check_size("window", self.window, 1, ("question", "half"))
         check_size("recent", self.recent, 0, ("half",))
         if (self.k_self is None) != (self.k_cross is None):
@@ -250,10 +263,7 @@ class CSPConfig:
         """
         if self.hh_ratio is not None and self.recent_ratio is not None:
             return self._resolve_release(length, self.hh_ratio, self.recent_ratio)
-        budget = cast("int | float", self.budget)
-        if isinstance(budget, float):
-            # the small term keeps decimal shares exact: 0.29 * 100 is 28.999...
-            budget = max(1, math.floor(budget * length + 1e-6))
+        budget = slots_of(cast("int | float", self.budget), length)
         half = max(1, budget // 2)
         recent = min(half if self.recent == "half" else cast(int, self.recent), budget)
         window = half if self.window == "half" else cast("int | str", self.window)

@@ -108,15 +108,15 @@ def window_modality(
     length = modality.shape[1]
     if span is None:
         span = min(resolved.window if isinstance(resolved.window, int) else QUESTION_MOST, length)
-    observing = _observing(modality, resolved.window)
-    return modality.masked_fill(~observing, -1)[:, length - span :]
+    watching = observing(modality, resolved.window)
+    return modality.masked_fill(~watching, -1)[:, length - span :]
 
 
 def window_span(modality: Tensor, config: CSPConfig | ResolvedConfig) -> int:
     """Return how many of the last positions hold every row's window, read back from the device."""
-    observing = _observing(modality, _resolved(modality, config).window).any(dim=0)  # [L]
-    position = torch.arange(observing.numel(), 0, -1, device=modality.device)
-    return int(torch.where(observing, position, 0).amax()) if position.numel() else 0
+    watching = observing(modality, _resolved(modality, config).window).any(dim=0)  # [L]
+    position = torch.arange(watching.numel(), 0, -1, device=modality.device)
+    return int(torch.where(watching, position, 0).amax()) if position.numel() else 0
 
 
 def _resolved(modality: Tensor, config: CSPConfig | ResolvedConfig) -> ResolvedConfig:
@@ -127,8 +127,19 @@ def _resolved(modality: Tensor, config: CSPConfig | ResolvedConfig) -> ResolvedC
     return config.resolve(modality.shape[1])
 
 
-def _observing(modality: Tensor, window: int | str) -> Tensor:
-    """Say which positions [B, L] observe, counting a row from its last real token."""
+def observing(modality: Tensor, window: int | str) -> Tensor:
+    """Say which positions [B, L] observe, counting a row from its last real token.
+
+    Parameters
+    ----------
+    modality : Tensor [B, L], int8
+    window : int or "question"
+        The last so many tokens, or the text after the last image.
+
+    Returns
+    -------
+    Tensor [B, L], bool
+    """
     real = modality >= 0
     from_end = real.flip(1).cumsum(1).flip(1)  # 1 at the last real token
     if isinstance(window, int):

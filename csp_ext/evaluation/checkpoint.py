@@ -38,8 +38,8 @@ A LLaVA of {parameters} parameters that answers questions about many small image
 well enough that what pruning costs can be seen. It knows nothing of the real world.
 
 **Data.** Generated, see `world.py` and `tasks.py`: photos with a name, of a grid of cells that shows a number
-and three coloured shapes; numbers told in text; numbers that the assistant gave in an earlier turn; links that
-lead from a name to the photo or the text of another; fillers.
+and three coloured shapes; numbers told in text; numbers that the assistant gave in an earlier turn; links
+that lead from a name to the photo or the text of another; fillers.
 Every digit of an answer has one token of evidence. Seed {seed}; examined on other seeds.
 
 **Training.** `{command}`:

@@ -2,8 +2,8 @@
 
 ``ask photo ada and code ben say`` is answered by ``photo ada 4 1 7 2 and code ben 9 0 3 5``. Mode S ends the
 prompt there, so no token that needs the context comes out of the unpruned prefill; mode A gives the answer's
-first words in the prompt, so the first digit does. A question about a link, ``ask link ada say``, is answered by
-``link ada photo ben 4 1 7 2``: no token of the prompt names what the digits are looked up by.
+first words in the prompt, so the first digit does. A question about a link, ``ask link ada say``, is answered
+by ``link ada photo ben 4 1 7 2``: no word of the question names what the digits are looked up by.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def _attend(
     if layer.plan is not None:
         return _complete(stock, layer, module, query, key, value, attention_mask, **kwargs)
     if layer.buffer:
-        layer.remember(query)
+        layer.remember(query, *_attends(module, kwargs))
     elif layer.slots:
         attention_mask = layer.mask(attention_mask, query)
     return stock(module, query, key, value, attention_mask, **kwargs)
@@ -91,18 +91,23 @@ def _complete(
         mask = mask[..., : prompt.shape[2], :length]
     stored = length if drafts else key.shape[2]
     output = stock(module, prompt, key[:, :, :stored], value[:, :, :stored], mask, **kwargs)
+    scale, causal = _attends(module, kwargs)
     if layer.buffer:
-        layer.remember(prompt)
+        layer.remember(prompt, scale, causal)
         layer.buffer = 0
     window = prompt if layer.queries is None else layer.queries
-    causal = getattr(module, "is_causal", True)
-    plan.carry_out(module.layer_idx, layer, window, kwargs.get("scaling"), causal)
+    plan.carry_out(module.layer_idx, layer, window, scale, causal)
     if not drafts:
         return output
     if attention_mask is not None:
         attention_mask = attention_mask[..., prompt.shape[2] :, :]
     drafted, _ = stock(module, tail, layer.keys, layer.values, layer.mask(attention_mask, tail), **kwargs)
     return torch.cat([output[0], drafted], dim=1), None
+
+
+def _attends(module: Any, kwargs: dict[str, Any]) -> tuple[float | None, bool]:
+    """Return the scale of the logits and whether the attention is causal."""
+    return kwargs.get("scaling"), getattr(module, "is_causal", True)
 
 
 def _attend_eager(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -36,9 +36,12 @@ class PrunedLayer(DynamicLayer):
             None  # additive [B, 1 or Hq, 1, slots]; None: every slot is plainly visible
         )
         self.plan: Plan | None = None  # set for the forward that completes a prompt
-        self.buffer = 0  # keep that many last queries for a prompt that comes in chunks
+        self.buffer = 0  # keep that many last queries, for a prompt that comes in chunks or is recorded
         self.queries: Tensor | None = None  # [B, Hq, <= buffer, D]
+        self.scale: float | None = None  # of the attention that the queries were seen in
+        self.causal = True
         self.attended = False  # the hook saw this forward, so the mask will be ours
+        self.settled = False  # what this cache holds is not to be pruned any more
 
     @classmethod
     def adopt(cls, stock: DynamicLayer) -> PrunedLayer:
@@ -78,8 +81,9 @@ class PrunedLayer(DynamicLayer):
         self.values = torch.cat([value, self.values[:, :, length:]], dim=-2) if tail else value
         self.slots, self.bias = key.shape[-2], bias
 
-    def remember(self, query: Tensor) -> None:
-        """Keep the last `buffer` queries of a prompt that comes in chunks."""
+    def remember(self, query: Tensor, scale: float | None, causal: bool) -> None:
+        """Keep the last `buffer` queries of a prompt, and how they attend."""
+        self.scale, self.causal = scale, causal
         if self.queries is not None:
             query = torch.cat([self.queries, query], dim=-2)
         self.queries = query[:, :, max(0, query.shape[-2] - self.buffer) :]
@@ -125,6 +129,7 @@ class PrunedLayer(DynamicLayer):
         self.is_initialized = False
         self.seen = self.slots = self.buffer = 0
         self.bias = self.plan = self.queries = None
+        self.settled = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)

@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,10 +19,16 @@ from csp_ext.integration.cache import PrunedLayer, adopt_cache, prunable_count, 
 from csp_ext.integration.modality import modality_of_embeddings, modality_of_ids, placeholder_ids, real_tokens
 from csp_ext.integration.prompt import ANNOUNCED, Plan, Prompt
 from csp_ext.integration.stats import PruneStats
-from csp_ext.selection import QUESTION_MOST
+from csp_ext.methods import CSP, Method, make_method
 
 
-def apply(model: PreTrainedModel, config: CSPConfig | None = None, **fields: Any) -> Handle:
+def apply(
+    model: PreTrainedModel,
+    config: CSPConfig | None = None,
+    *,
+    method: str | Method | None = None,
+    **fields: Any,
+) -> Handle:
     """Prune the KV cache of every prompt this model sees, until :meth:`Handle.restore`.
 
     Parameters
@@ -31,9 +37,11 @@ def apply(model: PreTrainedModel, config: CSPConfig | None = None, **fields: Any
         A vision-language model of transformers (5.4 or newer) whose prompts hold placeholders for images.
     config : CSPConfig, optional
         Which CSP; default ``CSPConfig()``.
+    method : str or Method, optional
+        Another method instead: a name of ``csp_ext.methods.METHODS`` such as "snapkv", or an instance.
     **fields
-        Any field of the config, e.g. ``budget=0.2``: a float in (0, 1] is a share of the batch's longest
-        prompt, an int is a number of tokens.
+        Any field of the config or the named method, e.g. ``budget=0.2``: a float in (0, 1] is a share of the
+        batch's longest prompt, an int is a number of tokens.
 
     Returns
     -------
@@ -54,20 +62,31 @@ def apply(model: PreTrainedModel, config: CSPConfig | None = None, **fields: Any
     >>> print(handle.stats)
     >>> handle.restore()
     """
-    if config is not None and not isinstance(config, CSPConfig):
-        raise TypeError(f"apply: config must be a CSPConfig, got {type(config).__name__}")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"apply: model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    config = CSPConfig(**fields) if config is None else dataclasses.replace(config, **fields)
-    if config.heads == "shared" and (getattr(model, "_tp_size", None) or 1) > 1:
+    chosen = _method(config, method, fields)
+    shared = isinstance(chosen, CSP) and chosen.config.heads == "shared"
+    if shared and (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError(
             'apply: heads="shared" needs the scores of all heads, and tensor parallelism splits them'
         )
     handle = model.__dict__.get("_csp_handle")
     if handle is None:
-        return Handle(model, config)
-    handle.config = config
+        return Handle(model, chosen)
+    handle.method = chosen
     return handle
+
+
+def _method(config: CSPConfig | None, method: str | Method | None, fields: dict[str, Any]) -> Method:
+    if config is not None and not isinstance(config, CSPConfig):
+        raise TypeError(f"apply: config must be a CSPConfig, got {type(config).__name__}")
+    if config is not None and method is not None:
+        raise TypeError("apply: give a config or a method, not both")
+    if isinstance(method, Method):
+        return dataclasses.replace(cast(Any, method), **fields) if fields else method
+    if config is not None:
+        return CSP(dataclasses.replace(config, **fields))
+    return make_method("csp" if method is None else method, **fields)
 
 
 def _decoder_key(model: PreTrainedModel) -> str | None:
@@ -116,15 +135,15 @@ class Handle:
     ----------
     model : PreTrainedModel
         The model.
-    config : CSPConfig
+    method : Method
         What is applied; replacing it takes effect from the next prompt on.
     """
 
-    def __init__(self, model: PreTrainedModel, config: CSPConfig) -> None:
+    def __init__(self, model: PreTrainedModel, method: Method) -> None:
         self._placeholders = _check(model)
         self._decoder_key = _decoder_key(model)
         self.model = model
-        self.config = config
+        self.method = method
         self._stats = PruneStats()
         self._warned: set[str] = set()
         self._arguments = tuple(inspect.signature(model.forward).parameters)
@@ -161,6 +180,17 @@ class Handle:
 
     def __exit__(self, *exception: object) -> None:
         self.restore()
+
+    @property
+    def config(self) -> CSPConfig:
+        """The CSPConfig of a CSP method; replacing it takes effect from the next prompt on."""
+        if not isinstance(self.method, CSP):
+            raise AttributeError(f"the applied method is {self.method!r}, which has no CSPConfig")
+        return self.method.config
+
+    @config.setter
+    def config(self, config: CSPConfig) -> None:
+        self.method = CSP(config)
 
     @property
     def stats(self) -> PruneStats:
@@ -263,7 +293,7 @@ class Handle:
         layers = pruned_layers(cache)
         for layer in layers:
             layer.attended, layer.plan, layer.buffer = True, None, 0
-        if layers[0].slots:
+        if layers[0].slots or layers[0].settled:
             prompt.reached = True
         else:
             self._prepare(layers, prompt, bound)
@@ -287,11 +317,33 @@ class Handle:
             prompt.reached = True
             return
         if end < length:
-            window = self.config.resolve(length).window
             for layer in layers:
-                layer.buffer = window if isinstance(window, int) else QUESTION_MOST
+                layer.buffer = self.method.observes(length)
             return
         prompt.reached = True
+        modality = self._modality(prompt, bound, seen, length)
+        if modality is None:
+            self._warn(
+                "which of its positions are images cannot be seen (embeddings, or an earlier turn); "
+                "pass them in `with handle.prompt(modality=...)`"
+            )
+            return
+        real = real_tokens(bound.get("attention_mask"), length)
+        if prompt.modality is not None:
+            real = modality >= 0 if real is None else real & (modality >= 0)
+        if prompt.recording is not None:
+            prompt.recording.begin(layers, modality, real)
+            return
+        plan = Plan.make(modality, real, self.method, len(layers))
+        for layer in layers:
+            layer.plan, layer.buffer = plan, plan.selection.observes if layer.queries is not None else 0
+        self._stats = plan.stats
+
+    def _modality(self, prompt: Prompt, bound: dict[str, Any], seen: int, length: int) -> Tensor | None:
+        """Return the modality [B, length] of a prompt that is complete now, None where it cannot be seen."""
+        ids: Any = bound.get("input_ids")
+        embeddings: Any = bound.get("inputs_embeds")
+        fresh = embeddings if ids is None else ids
         modality = prompt.modality_for(fresh.shape[0], self._placeholders, fresh.device)
         if modality is None and ids is not None and seen == 0:
             modality = modality_of_ids(ids[:, :length], self._placeholders)
@@ -302,16 +354,4 @@ class Handle:
         if modality is None and ids is None and seen == 0 and images:
             table = self.model.get_input_embeddings()
             modality = modality_of_embeddings(embeddings[:, :length], table, self._placeholders)
-        if modality is None:
-            self._warn(
-                "which of its positions are images cannot be seen (embeddings, or an earlier turn); "
-                "pass them in `with handle.prompt(modality=...)`"
-            )
-            return
-        real = real_tokens(bound.get("attention_mask"), length)
-        if prompt.modality is not None:
-            real = modality >= 0 if real is None else real & (modality >= 0)
-        plan = Plan.make(modality, real, self.config)
-        for layer in layers:
-            layer.plan, layer.buffer = plan, plan.window.shape[1] if layer.queries is not None else 0
-        self._stats = plan.stats
+        return modality

@@ -6,17 +6,19 @@ import itertools
 import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from csp_ext.config import CSPConfig, ResolvedConfig
 from csp_ext.dispatch import implementation_for
 from csp_ext.integration.cache import PrunedLayer, visibility_bias
 from csp_ext.integration.modality import PADDING, modality_of_ids
 from csp_ext.integration.stats import LayerStats, PruneStats
-from csp_ext.selection import select_tokens, window_modality, window_span
+from csp_ext.methods.base import Layer, Method, Selection
+
+if TYPE_CHECKING:
+    from csp_ext.integration.recording import Recording
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Prompt:
         [B, length], given by the user; wins over `ids`.
     single : bool
         One prompt, of the first cache that comes (``generate``), rather than every prompt of a block.
+    recording : Recording or None
+        What takes the prompt down instead of pruning it.
     reached : bool
         Whether some forward completed it.
     """
@@ -44,6 +48,7 @@ class Prompt:
     ids: Tensor | None = None
     modality: Tensor | None = None
     single: bool = False
+    recording: Recording | None = None
     reached: bool = False
     cache: weakref.ref[Any] | None = None
 
@@ -80,14 +85,16 @@ class Plan:
         L, the tokens of the prompt, padding included.
     modality : Tensor
         [B, L] int8, -1 padding.
-    window : Tensor
-        [B, O] int8, the modality of the last O queries, -1 where one does not observe.
-    config : ResolvedConfig
-        Sizes for the longest row.
+    selection : Selection
+        What the method decided for this prompt.
+    layers : int
+        How many layers will be pruned.
+    decode_n : float
+        n-softmax constant of the attention over the pruned prompt.
     prunes : bool
         Whether any row loses a token.
     slots : int
-        Physical slots per row and head without the sink: T, or more where a text-only row is left whole.
+        Fewest physical slots per row and head, without the sink: what the rows left whole need.
     whole : Tensor or None
         bool [B], the rows left whole.
     plain : bool
@@ -96,8 +103,9 @@ class Plan:
 
     length: int
     modality: Tensor
-    window: Tensor
-    config: ResolvedConfig
+    selection: Selection
+    layers: int
+    decode_n: float
     stats: PruneStats
     prunes: bool
     slots: int
@@ -105,7 +113,7 @@ class Plan:
     plain: bool
 
     @classmethod
-    def make(cls, modality: Tensor, real: Tensor | None, config: CSPConfig) -> Plan:
+    def make(cls, modality: Tensor, real: Tensor | None, method: Method, layers: int) -> Plan:
         """Decide on a prompt; reads the device only for what no shape tells: padding and rows without images.
 
         Parameters
@@ -114,8 +122,10 @@ class Plan:
             [B, L] int8.
         real : Tensor or None
             bool [B, L], the positions that are not padding; None: all of them.
-        config : CSPConfig
+        method : Method
             As the user gave it.
+        layers : int
+            How many layers will be pruned.
         """
         rows, length = modality.shape
         counts, left_padded = [length] * rows, True
@@ -123,74 +133,86 @@ class Plan:
             modality = modality.masked_fill(~real, PADDING)
             counts = real.sum(-1).tolist()
             left_padded = bool((real[:, 1:] >= real[:, :-1]).all())
-        sizes = config.resolve(max(counts))
-        over = [count >= sizes.prune_from for count in counts]
-        whole, slots = None, sizes.budget
-        if config.text_only == "leave":
+        selection = method.start(modality, max(counts), left_padded)
+        over = [count >= selection.prune_from for count in counts]
+        whole, slots = None, 0
+        if method.text_only == "leave":
             text_only = (modality <= 0).all(-1)
             left = text_only.tolist()
             if any(left):
                 whole = text_only
-                slots = max([slots, *itertools.compress(counts, left)])
+                slots = max(itertools.compress(counts, left))
                 over = [loses and not stays for loses, stays in zip(over, left, strict=True)]
-        span = None if left_padded else window_span(modality, sizes)
-        exact = sizes.k_self is None and whole is None
         return cls(
             length=length,
             modality=modality,
-            window=window_modality(modality, sizes, span=span),
-            config=sizes,
+            selection=selection,
+            layers=layers,
+            decode_n=method.decode_n,
             stats=PruneStats(),
             prunes=any(over),
             slots=slots,
             whole=whole,
-            plain=left_padded and exact and all(over) and config.decode_n in (0, 1),
+            plain=left_padded
+            and selection.exact
+            and whole is None
+            and all(over)
+            and method.decode_n in (0, 1),
         )
 
     @torch.no_grad()
-    def select(self, query: Tensor, key: Tensor, scale: float | None, causal: bool) -> Tensor:
-        """Return the kept positions, int32 [B, Hs, slots], ascending, -1 free.
-
-        Parameters
-        ----------
-        query : Tensor
-            [B, Hq, O or more, D], the last queries of the prompt.
-        key : Tensor
-            [B, Hkv, L, D].
-        scale, causal
-            Of the model's attention.
-        """
-        # A later turn may be shorter than the window: only its own queries are there to observe.
-        window = self.window[:, max(0, self.window.shape[1] - query.shape[2]) :].to(key.device)
-        modality = self.modality.to(key.device)
-        indices, _ = select_tokens(
-            query.to(key.dtype), key, modality, self.config, query_modality=window, scale=scale, causal=causal
-        )
+    def select(self, layer: Layer) -> Tensor:
+        """Return the kept positions, int32 [B, Hs, slots], ascending, -1 free."""
+        indices = self.selection.select(layer)
         if self.whole is None:
             return indices
-        positions = torch.arange(self.length, dtype=torch.int32, device=key.device)
-        real = torch.where(modality >= 0, positions, PADDING).sort(-1).values[:, None, -self.slots :]
-        indices = torch.nn.functional.pad(indices, (self.slots - indices.shape[-1], 0), value=PADDING)
-        return torch.where(self.whole.to(key.device)[:, None, None], real, indices)
+        slots = max(self.slots, indices.shape[-1])
+        positions = torch.arange(self.length, dtype=torch.int32, device=indices.device)
+        real = torch.where(layer.modality >= 0, positions, PADDING).sort(-1).values[:, None, -slots:]
+        indices = torch.nn.functional.pad(indices, (slots - indices.shape[-1], 0), value=PADDING)
+        return torch.where(self.whole.to(indices.device)[:, None, None], real, indices)
 
     def carry_out(
         self, index: int, layer: PrunedLayer, query: Tensor, scale: float | None, causal: bool
     ) -> None:
-        """Replace the prompt of one layer by its kept tokens, and note what was kept."""
+        """Replace the prompt of one layer by its kept tokens, and note what was kept.
+
+        Parameters
+        ----------
+        index : int
+            Of the decoder layer.
+        layer : PrunedLayer
+            Holds the whole prompt.
+        query : Tensor
+            [B, Hq, O or more, D], the last queries of the prompt.
+        scale, causal
+            Of the model's attention.
+        """
         keys, values = layer.keys[:, :, : self.length], layer.values[:, :, : self.length]
         before = after = keys.nbytes + values.nbytes
         indices = None
         if self.prunes:
-            indices = self.select(query, keys, scale, causal)
+            seen = Layer(
+                query=query.to(keys.dtype),
+                key=keys,
+                value=values,
+                modality=self.modality.to(keys.device),
+                index=len(self.stats.layers),
+                count=self.layers,
+                scale=scale,
+                causal=causal,
+            )
+            indices = self.select(seen)
             kept = indices >= 0
-            slots, visible, n = indices, kept, self.config.config.decode_n
+            slots, visible, n = indices, kept, self.decode_n
             if n > 0:
                 # Compacting a -1 gives zeros: that is the sink. Only rows that dropped a token see it.
-                real = (self.modality.to(keys.device) >= 0).sum(-1)[:, None, None]
+                real = (seen.modality >= 0).sum(-1)[:, None, None]
                 visible = torch.cat([kept.sum(-1, keepdim=True) < real, kept], dim=-1)
                 slots = torch.nn.functional.pad(indices, (1, 0), value=PADDING)
             bias = None if self.plain else visibility_bias(visible, n, query.shape[1], query.dtype)
             key, value = implementation_for(keys).compact(keys, values, slots)
+            key, value = self.selection.merge(seen, slots, key, value)
             layer.replace_prompt(key, value, self.length, bias)
             after = key.nbytes + value.nbytes
         layer.plan = layer.queries = None

@@ -1,0 +1,116 @@
+"""What a pruning method is: it says which tokens of a prompt each layer keeps, and may merge the others."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a complete prompt, as a method sees it.
+
+    Attributes
+    ----------
+    query : Tensor
+        [B, Hq, Q, D], the last Q queries of the prompt, after RoPE; at least what the method observes, as
+        far as the forward that completed the prompt had them.
+    key, value : Tensor
+        [B, Hkv, L, D], the whole prompt.
+    modality : Tensor
+        [B, L] int8, -1 padding.
+    index, count : int
+        Which of the prunable layers this is, and how many there are.
+    scale : float or None
+        Of the attention logits; None: ``D ** -0.5``.
+    causal : bool
+        Whether a query sees only keys at or before its position.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    modality: Tensor
+    index: int
+    count: int
+    scale: float | None
+    causal: bool
+
+
+class Selection(ABC):
+    """A method's decisions on one prompt, for all of its layers.
+
+    Attributes
+    ----------
+    budget : int
+        T, slots per row; the mean over the layers where they differ.
+    prune_from : int
+        Rows with fewer real tokens are left whole.
+    observes : int
+        How many of the prompt's last queries are looked at.
+    exact : bool
+        Whether a row of at least `prune_from` tokens fills every slot.
+    """
+
+    budget: int
+    prune_from: int
+    observes: int
+    exact: bool
+
+    @abstractmethod
+    def select(self, layer: Layer) -> Tensor:
+        """Return the kept positions, int32 [B, Hs, slots], ascending, -1 free at the left."""
+
+    def merge(self, layer: Layer, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put something of the dropped tokens into the kept ones.
+
+        Parameters
+        ----------
+        layer : Layer
+            The whole prompt.
+        slots : Tensor
+            int32 [B, Hs, slots], what stands in each slot, -1: zeros.
+        key, value : Tensor
+            [B, Hkv, slots, D], compacted; may be changed in place.
+
+        Returns
+        -------
+        tuple
+            The tensors to keep.
+        """
+        return key, value
+
+
+class Method(ABC):
+    """A way to prune, independent of any prompt.
+
+    Attributes
+    ----------
+    decode_n : float
+        n-softmax constant of the attention over a pruned cache (Eq. 7); 0 is the ordinary softmax.
+    text_only : {"prune", "leave"}
+        What happens to a row without images.
+    """
+
+    decode_n: float = 0.0
+    text_only: str = "prune"
+
+    @abstractmethod
+    def observes(self, length: int) -> int:
+        """Return how many of a prompt's last queries may be looked at, for a prompt of `length` tokens."""
+
+    @abstractmethod
+    def start(self, modality: Tensor, longest: int, left_padded: bool) -> Selection:
+        """Decide on a prompt.
+
+        Parameters
+        ----------
+        modality : Tensor
+            [B, L] int8, -1 padding.
+        longest : int
+            Real tokens of the longest row.
+        left_padded : bool
+            Whether all padding stands at the left.
+        """
