@@ -118,6 +118,12 @@ class CSPConfig:
         Smoothing of the scores.
     pool_kernel : int
         Odd width of the smoothing.
+    hop_tokens : int
+        How many of the tokens that the window attends to most, per head, are asked in turn what they attend to,
+        before and after them: evidence that only the evidence names. 0: none. Needs the queries of the whole
+        prompt.
+    hop_weight : float
+        Weight of what they attend to, against what the window attends to.
     text_only : {"prune", "leave"}
         What the transformers integration does with a row that holds no image; the ops prune it.
     hh_ratio, recent_ratio, recent_bias : float, optional
@@ -142,6 +148,8 @@ class CSPConfig:
     decode_n: float = 0.0
     pool: str = "max"
     pool_kernel: int = 7
+    hop_tokens: int = 0
+    hop_weight: float = 1.0
     text_only: str = "prune"
     hh_ratio: float | None = None
     recent_ratio: float | None = None
@@ -157,6 +165,8 @@ class CSPConfig:
         check_real("decode_n", self.decode_n, 0, math.inf)
         check_real("recent_bias", self.recent_bias, 0, math.inf)
         check_int("pool_kernel", self.pool_kernel, 1)
+        check_int("hop_tokens", self.hop_tokens, 0)
+        check_real("hop_weight", self.hop_weight, 0, math.inf)
         if self.pool_kernel % 2 == 0:
             raise ValueError(f"pool_kernel must be odd, got {self.pool_kernel}")
         if (self.hh_ratio is None) != (self.recent_ratio is None):
@@ -174,6 +184,8 @@ class CSPConfig:
         for name in ("budget", "window", "recent", "k_self", "k_cross"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} must be None beside hh_ratio, got {getattr(self, name)!r}")
+        if self.hop_tokens:
+            raise ValueError(f"hop_tokens must be 0 beside hh_ratio, got {self.hop_tokens}")
         if self.combine == "calibrated":
             raise ValueError('combine must be "union" or "intersection" beside hh_ratio, got "calibrated"')
 
@@ -187,6 +199,8 @@ class CSPConfig:
             raise ValueError(f"k_self and k_cross go together, got {self.k_self} and {self.k_cross}")
         if self.k_self is None:
             return
+        if self.hop_tokens:
+            raise ValueError(f"hop_tokens must be 0 beside k_self and k_cross, got {self.hop_tokens}")
         check_int("k_self", self.k_self, 0)
         check_int("k_cross", self.k_cross, 0)
         if self.combine == "calibrated":

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from csp_ext.config import CSPConfig, ResolvedConfig
 from csp_ext.dispatch import implementation_for
+from csp_ext.hop import add_second_hop
 
 QUESTION_MOST = 64  # longest window of the "question" rule
 QUESTION_FALLBACK = 8  # its window where an image ends the row
@@ -76,6 +77,10 @@ def select_tokens(
         causal=causal,
         **resolved.score_options(),
     )
+    if resolved.config.hop_tokens:
+        scores = add_second_hop(scores, query, key, modality, query_modality, resolved, scale, causal)
+        # The hop's queries are of every modality and look both ways.
+        query_modality, causal = modality, False
     indices, lengths = impl.select(
         *scores, modality, query_modality, causal=causal, **resolved.select_options()
     )

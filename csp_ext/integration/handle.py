@@ -295,6 +295,8 @@ class Handle:
             layer.attended, layer.plan, layer.buffer = True, None, 0
         if layers[0].slots or layers[0].settled:
             prompt.reached = True
+            if prompt.recording is not None:
+                prompt.recording.keep(layers)
         else:
             self._prepare(layers, prompt, bound)
         if not made:

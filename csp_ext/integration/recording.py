@@ -65,11 +65,12 @@ class Recording:
         """Note what the prompt consists of, and have its layers keep their queries."""
         self.modality = modality if real is None else modality.masked_fill(~real, -1)
         self._real = real
-        self._keep(layers, modality.shape[1])
+        self.keep(layers)
 
-    def _keep(self, layers: list[PrunedLayer], length: int) -> None:
+    def keep(self, layers: list[PrunedLayer]) -> None:
+        """Have the layers keep their queries of this forward, too."""
         for layer in layers:
-            layer.buffer = length if self._observes is None else self._observes
+            layer.buffer = self.modality.shape[1] if self._observes is None else self._observes
 
     def _forward(self, inputs: dict[str, Any]) -> None:
         token = ANNOUNCED.set(Prompt(self._handle, None, recording=self))
@@ -87,10 +88,8 @@ class Recording:
         added = self.modality.new_zeros(tokens.shape)
         self.modality = torch.cat([self.modality, added], dim=1)
         self._real = self.modality >= 0
-        layers = pruned_layers(self.cache)
-        for layer in layers:
+        for layer in pruned_layers(self.cache):
             layer.settled = True
-        self._keep(layers, self.modality.shape[1])
         mask = self._real.to(torch.int64)
         self._forward({"input_ids": tokens, "attention_mask": mask})
 
