@@ -23,7 +23,7 @@ GROUPS = {
 }
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 # Where a context shows an image, counted from 1; tables are images too.
-REFERENCE = re.compile(r"\{(?:image|table)#(\d+)\}")
+REFERENCE = re.compile(r"\{(?:image|table)#(\d{1,6})\}")
 FEW, MANY = 6, 31
 
 

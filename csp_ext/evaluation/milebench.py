@@ -26,6 +26,7 @@ Whatever is wrong with a data set or a sample becomes a :class:`Problem`; all ot
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -95,9 +96,7 @@ class _Unusable(Exception):
 
 
 def _holds_annotation(folder: Path) -> bool:
-    return folder.is_dir() and any(
-        file.name.startswith(folder.name) and file.suffix == ".json" for file in folder.iterdir()
-    )
+    return any(file.name.startswith(folder.name) for file in folder.glob("*.json"))
 
 
 def _read(file: Path, name: str, combined: int, problems: list[Problem]) -> Dataset:
@@ -145,6 +144,10 @@ def _item(
         raise _Unusable("the response is empty")
     if metric == "multiple_choice" and normalise(response) not in map(normalise, choices):
         raise _Unusable(f"the response {reprlib.repr(response)} is not among the {len(choices)} choices")
+    try:
+        "".join((instructions[wording], context, *choices, response)).encode()
+    except UnicodeEncodeError as error:
+        raise _Unusable("a text holds half a surrogate pair") from error
     single = _texts(task, "images_path")
     for number in REFERENCE.findall("".join((context, *choices))):
         if not 1 <= int(number) <= len(single):
@@ -155,7 +158,7 @@ def _item(
         paths = _texts(task, folder)
     images = tuple(file.parent / folder / path for path in paths)
     for image in images:
-        if not image.is_file():
+        if not os.path.isfile(image):  # Path.is_file raises where a name is too long
             raise _Unusable(f"there is no image {image}")
     question = _optional(task, "question", str)
     if question is not None and not context.endswith(question):
