@@ -71,7 +71,8 @@ def extract_choice(prediction: str, choices: Sequence[str]) -> str:
     if hit:
         return hit[0].upper()
 
-    packed = [text.replace(" ", "") for text in texts]
+    # Normalised twice, as in the pairs above: a quote that signs had enclosed goes only now.
+    packed = [normalise(text).replace(" ", "") for text in texts]
     hit = _leftmost(said.replace(" ", ""), packed)
     if hit is not None and ESCAPED.isdisjoint(hit):
         return letters[packed.index(hit)]
