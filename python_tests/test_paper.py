@@ -91,7 +91,7 @@ def test_weights_of_a_query_add_up(recording):
 def test_a_recording_without_the_window_is_refused(record):
     assert weight_counts(record(observes=12), 12).sum() > 0
     with pytest.raises(
-        ValueError, match=r"the window begins at position \d+, the recording has queries from"
+        ValueError, match=r"window begins at position \d+, the recording has queries from"
     ):
         weight_counts(record(observes=4), 12)
 
