@@ -1,18 +1,16 @@
-"""The ``csp`` command: ``demo``, ``generate``, ``train-eval-model`` and ``info``."""
+"""The ``csp`` command: ``demo``, ``generate``, ``train-eval-model``, ``info``, and those of ``commands``."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
+from csp_ext.commands.eval import evaluate as eval_command
+from csp_ext.commands.shared import Json, one_line_errors, parse_budget, progress_bars, quiet
 from csp_ext.demo.console import UserError, check_target, first_line, require, stdout
 
 if TYPE_CHECKING:
@@ -37,7 +35,6 @@ Budgets = Annotated[
         metavar="SHARE|TOKENS",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress bars.")]
 
 DEMO_SIZE: dict[str, Any] = {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "image_size": 336}
 DEMO_REPEATS = 3
@@ -70,8 +67,8 @@ def demo(
         from csp_ext.tiny_llava import build_tiny_llava, build_tiny_processor
 
         check_target(out, picture.SUFFIXES)
-        _quiet()
-        with _progress(as_json) as progress:
+        quiet()
+        with progress_bars(as_json) as progress:
             steps = progress.add_task("building a small LLaVA", total=3)
             model = build_tiny_llava(seed, **DEMO_SIZE)
             processor = build_tiny_processor(image_size=DEMO_SIZE["image_size"])
@@ -154,8 +151,8 @@ def generate(
             require("demo", "matplotlib")
             check_target(picture_to, picture.SUFFIXES)
         images = [photographs.read(path) for path in image or []]
-        _quiet()
-        with _progress(as_json) as progress:
+        quiet()
+        with progress_bars(as_json) as progress:
             steps = progress.add_task("loading the model", total=2)
             loaded, processor = checkpoint.load(model, place, dtype)
             progress.update(steps, advance=1, description="generating")
@@ -218,7 +215,7 @@ def train_eval_model(
             raise UserError(f"num-kv-heads must be 2 or 4, got {num_kv_heads}")
         if minutes is not None and not minutes > 0:
             raise UserError(f"minutes must be positive, got {minutes}")
-        _quiet()
+        quiet()
         plan = replace(QUICK if quick else Plan(), seed=seed, num_kv_heads=num_kv_heads)
         scores = train(
             plan, out, minutes=minutes, resume=resume, threads=threads, samples=1 if quick else EXAM_SAMPLES
@@ -244,27 +241,6 @@ def info(as_json: Json = False) -> None:
         typer.echo(json.dumps(facts, indent=2))
     else:
         stdout().print(render(facts))
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a mistake of the user's into one line on stderr and exit code 2."""
-    try:
-        yield
-    except UserError as error:
-        typer.echo(f"csp: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
-
-
-def parse_budget(text: str) -> int | float:
-    """Return the budget a user wrote: "0.2" and "20%" are shares, "300" is a number of tokens."""
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        return float(text) if any(mark in text for mark in ".en") else int(text)
-    except ValueError:
-        wanted = "a share such as 0.2 or a number of tokens such as 300"
-        raise UserError(f"budget must be {wanted}, got {text!r}") from None
 
 
 def _configs(budgets: list[str], fields: dict[str, Any]) -> list[Run]:
@@ -307,23 +283,5 @@ def _compare(
     return notes
 
 
-def _progress(hidden: bool) -> Progress:
-    """Return progress bars on stderr that vanish when done; a log file gets none."""
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=hidden or not console.is_terminal,
-    )
-
-
-def _quiet() -> None:
-    """Keep transformers' own bars and hints off the terminal; errors stay."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
+# Commands with modules of their own.
+main.command(name="eval")(eval_command)

@@ -15,6 +15,7 @@ from csp_ext.evaluation.arms import FULL
 
 Record = dict[str, Any]
 BOOTSTRAP_DRAWS = 4000
+MOST_INDICES = 1 << 21
 # What a difference was tested with.
 MCNEMAR, BOOTSTRAP = "McNemar, exact", "paired bootstrap"
 
@@ -174,8 +175,9 @@ def _bootstrap(gaps: list[NDArray[np.float64]]) -> float:
     drawn = np.zeros(BOOTSTRAP_DRAWS)
     for gap in gaps:
         centred = gap - gap.mean()
-        for at in range(BOOTSTRAP_DRAWS):
-            drawn[at] += centred[rng.integers(0, len(gap), len(gap))].mean()
+        # In parts, so that the indices of a large data set do not fill the memory.
+        for part in np.array_split(drawn, 1 + BOOTSTRAP_DRAWS * len(gap) // MOST_INDICES):
+            part += centred[rng.integers(0, len(gap), (len(part), len(gap)))].mean(1)
     # Sums that are equal on paper may differ in their last bits.
     hits = int((np.abs(drawn / len(gaps)) >= observed - 1e-12).sum())
     return (1 + hits) / (1 + BOOTSTRAP_DRAWS)
