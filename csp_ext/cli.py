@@ -10,6 +10,7 @@ import typer
 from rich.progress import Progress
 
 from csp_ext.commands.eval import evaluate as eval_command
+from csp_ext.commands.paper import paper as paper_command
 from csp_ext.commands.shared import Json, one_line_errors, parse_budget, progress_bars, quiet
 from csp_ext.demo.console import UserError, check_target, first_line, require, stdout
 
@@ -285,3 +286,4 @@ def _compare(
 
 # Commands with modules of their own.
 main.command(name="eval")(eval_command)
+main.command(name="paper")(paper_command)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -33,7 +35,7 @@ def answered(request: Request, subject: Subject, arms: Sequence[Arm], tell: Tell
     Raises
     ------
     UserError
-        If no sample can be used, or the folder holds a run with other settings.
+        If no sample can be used.
     """
     described: dict[str, Any] = {
         "study": request.name,
@@ -46,9 +48,9 @@ def answered(request: Request, subject: Subject, arms: Sequence[Arm], tell: Tell
         "arms": [asdict(arm) for arm in arms],
         **asdict(request.settings),
     }
-    at = request.subjects.index(subject)
-    folder = request.out / RECORDS / f"{request.name}-{at}"
-    store = Store(folder, described, run_facts(), resume=True)
+    # Other settings, another folder: what was measured before is never in the way.
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
+    store = Store(request.out / RECORDS / digest, described, run_facts(), resume=True)
     run(subject.model, subject.processor, request.datasets, arms, request.settings, store, tell)
     store.finish(keys(request.datasets, arms))
     records = store.records()
@@ -97,4 +99,5 @@ def about(request: Request, records: Sequence[Record]) -> list[str]:
         f"{PROTOCOL[request.settings.protocol]} (protocol {request.settings.protocol}).",
         f"Score: {', '.join(metrics)}; x 100, ± standard error over the samples; "
         "a group's is the unweighted mean of its data sets.",
+        request.asked(),
     ]

@@ -52,6 +52,7 @@ def _collected(request: Request, tell: Tell) -> tuple[Weights, list[str]]:
         "that a query sees, over the full cache; self: query and key of one modality, cross: of two.",
         f"{weights.prompts} prompts"
         + (f"; {len(weights.problems)} samples left out." if weights.problems else "."),
+        request.asked(),
     ]
     return weights, notes
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,10 +88,9 @@ def measure(
     *,
     steps: int,
     warm_up: int,
-    fields: Mapping[str, Any],
     progress: Callable[[], None],
 ) -> Latency:
-    """Generate from one prompt over the cache that each budget leaves, taking turns.
+    """Generate from one prompt over the cache that CSP leaves at each budget, taking turns.
 
     A step is the forward of one token and the choice of the next, and its key and value join the cache.
 
@@ -104,8 +104,6 @@ def measure(
         Shares of the prompt's cache.
     steps, warm_up : int
         Per budget, measured and before that.
-    fields : mapping
-        Further fields of the :class:`CSPConfig`.
     progress : callable
         Called after every turn; there are :func:`turns` of them.
 
@@ -113,7 +111,7 @@ def measure(
     -------
     Latency
     """
-    methods = [CSP(CSPConfig(budget=budget, **fields)) for budget in budgets]
+    methods = [CSP(CSPConfig(budget=budget)) for budget in budgets]
     with apply(model, method="full") as handle:
         length = inputs["input_ids"].shape[1]
         observes = max(method.observes(length) for method in methods)
@@ -123,7 +121,7 @@ def measure(
         for method in methods:
             took = []
             for _ in range(PRUNES):
-                seconds, (cache, _stats) = _timed(lambda method=method: recording.pruned(method))
+                seconds, (cache, _stats) = _timed(partial(recording.pruned, method))
                 took.append(seconds)
             prune_s.append(statistics.median(took) if method.config.budget != 1.0 else 0.0)
             caches.append(cache)
@@ -134,7 +132,7 @@ def measure(
         for turn in _turns(warm_up) + _turns(steps):
             for at, cache in enumerate(caches):
                 for _ in range(turn):
-                    seconds, tokens[at] = _timed(lambda at=at, cache=cache: _step(model, tokens[at], cache))
+                    seconds, tokens[at] = _timed(partial(_step, model, tokens[at], cache))
                     times[at].append(seconds)
                 progress()
     rows = (

@@ -89,8 +89,8 @@ def _beside(records: Sequence[Record], columns: list[str]) -> tuple[list[list[st
     if not rows:
         return [], ["No data set here is one that the paper or its release has a score of."]
     return rows, [
-        "released: the paper's own result files of LLaVA-1.5-7B at 20 %, the mean of the data sets measured here; "
-        "lookm is its variant with text prior and pivotal merging. paper: its table 1, for whole groups."
+        "released: the paper's own result files of LLaVA-1.5-7B at 20 %, the mean of the data sets measured "
+        "here; lookm is the variant with text prior and pivotal merging. paper: table 1, whole groups only."
     ]
 
 

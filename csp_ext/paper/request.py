@@ -83,21 +83,22 @@ class Request:
     out: Path
     command: tuple[str, ...]
 
-    def measured(self) -> list[str]:
-        """Return what was measured, line by line."""
+    def asked(self) -> str:
+        """Return what the models were asked, in one line."""
         sets = [dataset for of_seed in self.datasets.values() for dataset in of_seed]
         names = list(dict.fromkeys(dataset.name for dataset in sets))
         count = sum(len(dataset.samples) for dataset in sets)
         kind = "MileBench format" if self.real else "generated, mode S"
         seeds = ", ".join(map(str, self.datasets))
-        return [
-            f"Model: {'; '.join(subject.described() for subject in self.subjects)}.",
-            f"Data ({kind}): {count} samples of {', '.join(names)}; seeds {seeds}.",
-        ]
+        return f"Data ({kind}): {count} samples of {', '.join(names)}; seed {seeds}."
 
     def repeated(self) -> list[str]:
-        """Return the versions and the command that repeats it."""
-        return [f"Versions: {versions()}.", f"Repeat with: {shlex.join(self.command)}"]
+        """Return the models, the versions and the command that repeats it, line by line."""
+        return [
+            f"Model: {'; '.join(subject.described() for subject in self.subjects)}.",
+            f"Versions: {versions()}.",
+            f"Repeat with: {shlex.join(self.command)}",
+        ]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from csp_ext.demo import checkpoint
+from csp_ext.demo.console import UserError, require
+from csp_ext.evaluation.benchmark import FRAME
 from csp_ext.evaluation.checkpoint import EXAMINATION_SEED, load_eval_model
-from csp_ext.evaluation.items import Dataset, Problem
+from csp_ext.evaluation.items import Dataset
 from csp_ext.evaluation.milebench import read_datasets
+from csp_ext.evaluation.runner import Settings
 from csp_ext.evaluation.suite import write_suite
 from csp_ext.evaluation.tasks import TASKS
 from csp_ext.paper.request import Subject
@@ -29,26 +32,50 @@ def opened(folder: Path, device: str, dtype: str) -> Subject:
     return Subject(folder.resolve().name, model, processor)
 
 
-@contextmanager
-def generated(count: int, seeds: Sequence[int], tasks: Sequence[str]) -> Iterator[dict[int, list[Dataset]]]:
-    """Give data sets of the generated world, `count` samples each, that no model was trained on.
+def with_room(settings: Settings, subjects: Sequence[Subject]) -> Settings:
+    """Return settings that cut contexts so that every model has positions left for the answer."""
+    texts = [subject.model.config.get_text_config(decoder=True) for subject in subjects]
+    room = [most for text in texts if (most := getattr(text, "max_position_embeddings", None)) is not None]
+    if settings.context_len is not None or not room:
+        return settings
+    most = min(room)
+    return replace(settings, context_len=max(most // 2, most - settings.max_new_tokens - FRAME))
 
-    Their images are files, which are gone afterwards.
+
+@contextmanager
+def asked(
+    root: Path | None, names: Sequence[str], count: int | None, seeds: Sequence[int]
+) -> Iterator[dict[int, list[Dataset]]]:
+    """Give the data sets of each seed.
+
+    Parameters
+    ----------
+    root : Path or None
+        A folder in MileBench's format; None: data of the generated world that no model was trained on, whose
+        images are files that are gone afterwards.
+    names : sequence of str
+        Data sets or tasks; empty: all.
+    count : int or None
+        The first so many samples of each; None only of a folder: all.
+    seeds : sequence of int
+        Of generated data; a folder has one.
     """
-    with tempfile.TemporaryDirectory(prefix="csp-paper-") as root:
+    if root is not None:
+        datasets, problems = read_datasets(root, names or None)
+        if not datasets:
+            raise UserError(f"no sample in {root} can be used; the first problem is {problems[0]}")
+        if any(dataset.metric == "rouge_l" for dataset in datasets):
+            require("eval", "rouge")
+        yield {seeds[0]: [replace(dataset, samples=dataset.samples[:count]) for dataset in datasets]}
+        return
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"the generated suite has no task {name}; it has {', '.join(TASKS)}")
+    tasks = list(names or TASKS)
+    with tempfile.TemporaryDirectory(prefix="csp-paper-") as scratch:
         result = {}
         for seed in seeds:
-            folder = Path(root) / str(seed)
-            names = tasks or list(TASKS)
-            write_suite(folder, tasks=names, count=count, seed=EXAMINATION_SEED + seed, mode="S")
-            result[seed], _ = read_datasets(folder, names)
+            folder = Path(scratch) / str(seed)
+            write_suite(folder, tasks=tasks, count=count or 1, seed=EXAMINATION_SEED + seed, mode="S")
+            result[seed], _ = read_datasets(folder, tasks)
         yield result
-
-
-def stored(
-    root: Path, names: Sequence[str], count: int | None
-) -> tuple[dict[int, list[Dataset]], list[Problem]]:
-    """Return the first `count` samples of each data set of a folder in MileBench's format."""
-    datasets, problems = read_datasets(root, names or None)
-    cut = [replace(dataset, samples=dataset.samples[:count]) for dataset in datasets]
-    return {0: cut}, problems
