@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import csv
+
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
+pytest.importorskip("rouge")
 
 import csp_ext
 from csp_ext.analysis import attention
 from csp_ext.analysis.attention import BINS, BINS_PER_DECADE, LOWEST, mean_weights, weight_counts
 from csp_ext.analysis.density import bin_middles, density
 from csp_ext.analysis.divergence import jensen_shannon
+from csp_ext.cli import main
+from csp_ext.commands.paper import NAMES
 from csp_ext.evaluation import load_eval_model, make_samples
+from csp_ext.evaluation.checkpoint import checkpoint_folder
+from csp_ext.evaluation.items import Draft
+from csp_ext.evaluation.milebench import write_dataset
+from csp_ext.evaluation.suite import write_suite
 from csp_ext.evaluation.world import Layout
 from csp_ext.integration.recording import Recording
+from csp_ext.paper.studies import STUDIES
 
 SMALL = Layout(photos=3, codes=2, pins=2, links=2, fillers=5)
 
@@ -90,9 +101,7 @@ def test_weights_of_a_query_add_up(recording):
 
 def test_a_recording_without_the_window_is_refused(record):
     assert weight_counts(record(observes=12), 12).sum() > 0
-    with pytest.raises(
-        ValueError, match=r"window begins at position \d+, the recording has queries from"
-    ):
+    with pytest.raises(ValueError, match=r"window begins at position \d+, the recording has queries from"):
         weight_counts(record(observes=4), 12)
 
 
@@ -126,3 +135,132 @@ def test_density_is_that_of_the_weights_and_adds_up():
     counts[0] = counts.sum()
     assert np.trapezoid(density(counts, grid), grid) == pytest.approx(0.5, abs=1e-3)
     assert not density(np.eye(BINS)[80], bin_middles()).any()
+
+
+def csp(*words):
+    return CliRunner().invoke(main, ["paper", *map(str, words)])
+
+
+def numbers_of(file):
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_study_writes_its_files_and_says_how(name, tmp_path):
+    budget = ["--budget", "20%"] if name in ("table2", "fig7") else []
+    result = csp(name, "--quick", "--samples", 1, "--dataset", "code", "--out", tmp_path, *budget)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert numbers_of(tmp_path / f"{name}.csv")
+    text = (tmp_path / f"{name}.md").read_text()
+    for fact in (
+        "Model: evaluation model, 4 KV heads",
+        "torch",
+        f"csp paper {name} --out {tmp_path}",
+        "| --",
+    ):
+        assert fact in text
+    assert "Repeat with:" in result.stdout
+
+
+def test_studies_are_those_of_the_command():
+    assert tuple(STUDIES) == NAMES
+
+
+@pytest.fixture(scope="module")
+def milebench(tmp_path_factory):
+    """Two samples in the format of ALFRED, which the paper has numbers of, and two of a task of our own."""
+    root = tmp_path_factory.mktemp("milebench")
+    samples = make_samples("photo", 2, 1)
+    drafts = [
+        Draft("".join(f"{{image#{i + 1}}} " for i in range(12)) + sample.question, "photo ada", sample.images)
+        for sample in samples
+    ]
+    write_dataset(root, "ALFRED", drafts, question_type="open-ended")
+    write_suite(root, tasks=["code"], count=2, seed=7, mode="S")
+    return root
+
+
+def test_published_numbers_stand_beside_their_own_data_only(milebench, tmp_path):
+    result = csp(
+        "table1",
+        "--model",
+        checkpoint_folder(),
+        "--data",
+        milebench,
+        "--out",
+        tmp_path,
+        "--max-new-tokens",
+        8,
+    )
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "table1.md").read_text().splitlines()
+    head = next(line for line in lines if line.startswith("| method"))
+    assert [cell.strip() for cell in head.strip("|").split("|")][:4] == ["method", "all", "S-4", "text"]
+    (snapkv,) = [line for line in lines if line.startswith("| released snapkv")]
+    assert [cell.strip() for cell in snapkv.strip("|").split("|")][:4] == [
+        "released snapkv, 7B",
+        "-",
+        "19.5",
+        "-",
+    ]
+    # S-4 has a second data set, which is not here: its number in the paper's table means something else.
+    assert not any(line.startswith("| paper CSP") for line in lines)
+    scores = {
+        row["arm"]: row["score"] for row in numbers_of(tmp_path / "table1.csv") if row["group"] == "text"
+    }
+    assert scores["full"] == "1.0"
+
+
+def test_times_are_those_of_the_papers_data_set(milebench, tmp_path):
+    words = ["--model", checkpoint_folder(), "--data", milebench, "--out", tmp_path, "--quick"]
+    assert csp("table2", *words).exit_code == 0
+    text = (tmp_path / "table2.md").read_text()
+    assert "sample 0 of ALFRED" in text
+    assert "19.736 | 0.476 GiB |" in text
+    rows = {float(row["budget"]): row for row in numbers_of(tmp_path / "table2.csv")}
+    tokens, per_token = (
+        int(rows[1.0]["prompt_tokens"]),
+        2 * 4 * 4 * 32 * 4,
+    )  # K and V, layers, heads, D, bytes
+    for budget, row in rows.items():
+        assert int(row["prompt_cache_bytes"]) == int(budget * tokens + 1e-6) * per_token
+        assert int(row["final_cache_bytes"]) - int(row["prompt_cache_bytes"]) == 64 * per_token
+
+
+def test_a_measured_study_is_not_measured_again(tmp_path, monkeypatch):
+    words = ["fig6", "--samples", 1, "--dataset", "code", "--out", tmp_path]
+    assert csp(*words).exit_code == 0
+    before = (tmp_path / "fig6.csv").read_bytes()
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("ran again")
+
+    monkeypatch.setattr(Recording, "of", forbidden)
+    assert csp(*words).exit_code == 0
+    assert (tmp_path / "fig6.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["fig2"], "there is no 'fig2' in the paper to measure; there are table1, table2"),
+        (["fig1", "--budget", "0.2"], "fig1 prunes nothing; it takes no --budget"),
+        (["fig5", "--budget", "0.2", "--budget", "0.3"], "fig5 takes one budget, got 2"),
+        (["fig7", "--budget", "300"], "budget must be a share of the prompt such as 20%, got '300'"),
+        (["fig7", "--window", "question"], "fig7 has no window of its own"),
+        (
+            ["fig3", "--window", "0"],
+            "window must be question, a share such as 10% or a number of tokens, got '0'",
+        ),
+        (["table3", "--model", "."], "table3 takes several --model, got 1"),
+        (["fig6", "--dataset", "codes"], "the generated suite has no task codes; it has code, photo"),
+        (["fig6", "--protocol", "blind"], "protocol must be one of aware, agnostic, got 'blind'"),
+    ],
+)
+def test_mistakes_are_one_line(words, reason, tmp_path):
+    result = csp(*words, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"csp: {reason}")
+    assert result.stderr.count("\n") == 1

@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike
 
 from csp_ext.demo.console import replacing
 
-# Okabe and Ito's colours, told apart by the colour-blind; black for the full cache.
+# Okabe and Ito's colours, told apart by the colour-blind; black for references. What comes after the last of
+# them begins anew, hollow and dashed.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE: Any = {
@@ -94,7 +95,7 @@ def draw_panels(panels: Sequence[Panel], path: Path, title: str, note: str, *, m
         handles: dict[str, Any] = {}
         for place, panel in zip(axes, panels, strict=False):
             for line in panel.lines:
-                at = -1 if line.reference else coloured.index(line.name) % len(COLOURS)
+                at = -1 if line.reference else coloured.index(line.name)
                 handles.setdefault(line.name, _draw_line(place, line, at, markers))
             place.set_title(panel.title)
             place.set_xlabel(panel.x)
@@ -103,7 +104,8 @@ def draw_panels(panels: Sequence[Panel], path: Path, title: str, note: str, *, m
             if panel.ticks is not None:
                 place.set_xticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
             if panel.from_zero:
-                place.set_ylim(bottom=0)
+                # Markers at zero stay whole.
+                place.set_ylim(bottom=-0.03 * place.get_ylim()[1])
         for place in axes[len(panels) :]:
             place.set_visible(False)
         legend([handles[name] for name in names])
@@ -113,11 +115,19 @@ def _draw_line(place: Any, line: Line, at: int, markers: bool) -> Any:
     if line.reference:
         (handle,) = place.plot(line.x, line.y, color="black", linestyle="--", linewidth=1.2)
         return handle
-    marker = MARKERS[at] if markers else None
-    (handle,) = place.plot(line.x, line.y, color=COLOURS[at], linewidth=1.5, marker=marker, markersize=4.5)
+    look = _look(at) if markers else {"color": COLOURS[at % len(COLOURS)]}
+    dashes = "-" if at < len(COLOURS) else (0, (4, 1.5))
+    (handle,) = place.plot(line.x, line.y, linewidth=1.5, linestyle=dashes, **look)
     if line.low is not None and line.high is not None:
-        place.fill_between(line.x, line.low, line.high, color=COLOURS[at], alpha=0.15, linewidth=0)
+        place.fill_between(line.x, line.low, line.high, color=look["color"], alpha=0.15, linewidth=0)
     return handle
+
+
+def _look(at: int) -> dict[str, Any]:
+    """Return colour and marker of the series with this number."""
+    colour, marker = COLOURS[at % len(COLOURS)], MARKERS[at % len(MARKERS)]
+    face = colour if at < len(COLOURS) else "white"
+    return {"color": colour, "marker": marker, "markersize": 4.5, "markerfacecolor": face}
 
 
 @dataclass(frozen=True)
@@ -140,15 +150,14 @@ def draw_dots(rows: Sequence[str], series: Sequence[Dots], path: Path, title: st
         coloured = [dots.name for dots in series if not dots.reference]
         handles = []
         for order, dots in enumerate(series):
-            at = -1 if dots.reference else coloured.index(dots.name) % len(COLOURS)
-            handle = place.errorbar(
+            reference = {"color": "black", "marker": "|", "markersize": 9}
+            handle, *_ = place.errorbar(
                 np.asarray(dots.values, dtype=float),
                 np.arange(len(rows)) + step * (order - (len(series) - 1) / 2),
                 xerr=np.asarray(dots.errors, dtype=float),
-                fmt="|" if dots.reference else MARKERS[at],
-                color="black" if dots.reference else COLOURS[at],
-                markersize=9 if dots.reference else 4.5,
+                linestyle="none",
                 elinewidth=1,
+                **(reference if dots.reference else _look(coloured.index(dots.name))),
             )
             handles.append(handle)
         for row in range(1, len(rows)):

@@ -45,7 +45,7 @@ def table2(request: Request, tell: Tell) -> Finding:
             percent(row.budget),
             f"{1e3 * row.median_s:.3f}",
             f"{1e3 * low:.3f} to {1e3 * high:.3f}",
-            "-" if full is None else f"{row.median_s / full.median_s:.1%}",
+            "-" if full is None else f"{row.relative_to(full):.1%}",
             size(row.prompt_bytes),
             "-" if full is None else f"{row.prompt_bytes / full.prompt_bytes:.1%}",
             f"{1e3 * row.prune_s:.2f}" if row.prune_s else "-",
@@ -60,6 +60,7 @@ def table2(request: Request, tell: Tell) -> Finding:
                 "ms_per_token": 1e3 * row.median_s,
                 "ms_quartile_1": 1e3 * low,
                 "ms_quartile_3": 1e3 * high,
+                "share_of_full": None if full is None else row.relative_to(full),
                 "prompt_cache_bytes": row.prompt_bytes,
                 "final_cache_bytes": row.final_bytes,
                 "prune_ms": 1e3 * row.prune_s,
@@ -99,7 +100,7 @@ def _notes(found: Latency, source: str, steps: int, warm_up: int, real: bool, be
         f"Prompt: {source}, {found.tokens} tokens, {found.image_tokens} of them image; one row.",
         f"ms/token: the median of {steps} steps after {warm_up} for warming up, budgets taking turns; a step "
         "is the forward of one token over the cache and the choice of the next; its key and value are added. "
-        f"{threads} thread{'s' if threads > 1 else ''} of torch.",
+        f"of full: turn by turn, the median. {threads} thread{'s' if threads > 1 else ''} of torch.",
         f"prefill: {1e3 * found.prefill_s:.1f} ms for all budgets; prune: to score, select and compact, once "
         "per prompt. cache: keys and values of the prompt as stored, before any generated token.",
     ]

@@ -54,6 +54,18 @@ class Pruned:
         return statistics.median(self.step_s)
 
     @property
+    def turns_s(self) -> list[float]:
+        """Seconds of the middle step of each turn."""
+        return [statistics.median(self.step_s[at : at + TURN]) for at in range(0, len(self.step_s), TURN)]
+
+    def relative_to(self, other: Pruned) -> float:
+        """Return the time of a step as a share of another budget's: the median over the turns, in pairs.
+
+        What else the machine does then hits both sides of a pair alike.
+        """
+        return statistics.median(a / b for a, b in zip(self.turns_s, other.turns_s, strict=True))
+
+    @property
     def quartiles_s(self) -> tuple[float, float]:
         """Seconds of a fast and of a slow step."""
         low, _, high = statistics.quantiles(self.step_s, n=4)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from csp_ext.analysis.plots import Dots, Line, Panel, draw_dots, draw_panels
+from csp_ext.config import CSPConfig
 from csp_ext.evaluation.arms import FULL, Arm, arms_of
 from csp_ext.evaluation.items import GROUPS
 from csp_ext.evaluation.results import Record, compare, retention
@@ -18,17 +19,31 @@ from csp_ext.paper.answers import ALL, about, answered, parts, plain
 from csp_ext.paper.request import Finding, Request, Tell, percent
 
 OWN = "csp"
-DEFAULTS = "All methods have their own defaults, and the same number of slots per head."
+# The project's own first, so that they have the same colours whatever else there is.
+ORDERED = sorted(METHODS, key=lambda name: (name != FULL, name != OWN, not name.startswith(OWN)))
+MATCHED = "snapkv matched"
+MATCHED_FIELDS = ("window", "recent", "pool", "pool_kernel")
+DEFAULTS = (
+    "Every method with its own defaults; all are given the same number of tokens per head. "
+    f"{MATCHED}: SnapKV with csp's observation window, recent tokens and pooling, so that the difference that "
+    "is left is due to the split into self and cross."
+)
 GENERATED = (
     "The paper's numbers are not beside these: they are of LLaVA-1.5-7B on MileBench, and this model and its "
     "data are others. With --model and --data they are."
 )
 
 
+def _arms(budgets: Sequence[float]) -> tuple[Arm, ...]:
+    own = CSPConfig()
+    fields = {name: getattr(own, name) for name in MATCHED_FIELDS}
+    return (*arms_of(ORDERED, budgets), *(Arm(MATCHED, "snapkv", budget, fields) for budget in budgets))
+
+
 def table1(request: Request, tell: Tell) -> Finding:
     """Return the score of every method per group, at one budget."""
     (subject,), (budget,) = request.subjects, request.budgets
-    arms = arms_of(METHODS, [budget])
+    arms = _arms([budget])
     records = answered(request, subject, arms, tell)
     own = next(arm.label for arm in arms if arm.name == OWN)
     scores = parts(records)
@@ -97,7 +112,7 @@ def _beside(records: Sequence[Record], columns: list[str]) -> tuple[list[list[st
 def table3(request: Request, tell: Tell) -> Finding:
     """Return the score of every method on several models, at one budget."""
     (budget,) = request.budgets
-    arms = arms_of(METHODS, [budget])
+    arms = _arms([budget])
     found: list[list[Record]] = []
     for at, subject in enumerate(request.subjects):
 
@@ -135,7 +150,7 @@ def table3(request: Request, tell: Tell) -> Finding:
 def fig7(request: Request, tell: Tell) -> Finding:
     """Return the score of every method at every budget."""
     (subject,) = request.subjects
-    arms = arms_of(METHODS, request.budgets)
+    arms = _arms(request.budgets)
     records = answered(request, subject, arms, tell)
     scores = parts(records)
     label = {(arm.name, arm.budget): arm.label for arm in arms}
