@@ -54,6 +54,8 @@ class ResolvedConfig:
         Literal quotas (Eq. 2), or None for the exact budget.
     prune_from : int
         Rows with fewer real tokens are left whole, as far as ``budget`` slots hold them.
+    hop : int
+        Tokens that are asked in turn what they attend to.
     """
 
     config: CSPConfig
@@ -64,6 +66,7 @@ class ResolvedConfig:
     k_self: int | None
     k_cross: int | None
     prune_from: int
+    hop: int = 0
 
     @property
     def keeps_all(self) -> bool:
@@ -79,7 +82,8 @@ class ResolvedConfig:
         return {
             "budget": self.budget,
             "recent": self.recent,
-            "cross_ratio": self.config.cross_ratio,
+            # One list given as both is ranked as it is by any ratio.
+            "cross_ratio": 0.5 if self.config.cross_ratio is None else self.config.cross_ratio,
             "combine": self.config.combine,
             "k_self": self.k_self,
             "k_cross": self.k_cross,
@@ -106,8 +110,9 @@ class CSPConfig:
         One kept set per KV head, or one for all heads.
     combine : {"intersection", "union", "calibrated"}
         How the self and the cross list share the budget, see ``csp_ext.select``.
-    cross_ratio : float
-        Share of the cross list, in [0, 1].
+    cross_ratio : float or None
+        Share of the cross list, in [0, 1]; None, with "calibrated": the share that the attention itself has
+        there, so that the two lists count as one.
     k_self, k_cross : int, optional
         Literal sizes of the two lists (Eq. 2) instead of the exact budget. Both or neither.
     n : float
@@ -118,12 +123,10 @@ class CSPConfig:
         Smoothing of the scores.
     pool_kernel : int
         Odd width of the smoothing.
-    hop_tokens : int
-        How many of the tokens that the window attends to most, per head, are asked in turn what they attend to,
-        before and after them: evidence that only the evidence names. 0: none. Needs the queries of the whole
-        prompt.
-    hop_weight : float
-        Weight of what they attend to, against what the window attends to.
+    hop : float or int
+        How many of the tokens that the window attends to most are asked in turn what they attend to: evidence
+        that only other evidence names. A float is a share of the slots that are not recent ones, an int a
+        number of tokens, 0 none. Needs the queries of the whole prompt.
     text_only : {"prune", "leave"}
         What the transformers integration does with a row that holds no image; the ops prune it.
     hh_ratio, recent_ratio, recent_bias : float, optional
@@ -141,15 +144,14 @@ class CSPConfig:
     recent: int | str | None = 8
     heads: str = "kv"
     combine: str = "calibrated"
-    cross_ratio: float = 0.5
+    cross_ratio: float | None = 0.5
     k_self: int | None = None
     k_cross: int | None = None
     n: float = 1.0
     decode_n: float = 0.0
     pool: str = "max"
     pool_kernel: int = 7
-    hop_tokens: int = 0
-    hop_weight: float = 1.0
+    hop: float | int = 0
     text_only: str = "prune"
     hh_ratio: float | None = None
     recent_ratio: float | None = None
@@ -160,13 +162,15 @@ class CSPConfig:
         check_choice("combine", self.combine, COMBINE)
         check_choice("pool", self.pool, POOL)
         check_choice("text_only", self.text_only, TEXT_ONLY)
-        check_real("cross_ratio", self.cross_ratio, 0, 1)
+        if self.cross_ratio is not None:
+            check_real("cross_ratio", self.cross_ratio, 0, 1)
+        elif self.combine != "calibrated":
+            raise ValueError(f'cross_ratio None needs combine="calibrated", got {self.combine!r}')
         check_real("n", self.n, 0, math.inf)
         check_real("decode_n", self.decode_n, 0, math.inf)
         check_real("recent_bias", self.recent_bias, 0, math.inf)
         check_int("pool_kernel", self.pool_kernel, 1)
-        check_int("hop_tokens", self.hop_tokens, 0)
-        check_real("hop_weight", self.hop_weight, 0, math.inf)
+        check_real("hop", self.hop, 0, 1 if isinstance(self.hop, float) else math.inf)
         if self.pool_kernel % 2 == 0:
             raise ValueError(f"pool_kernel must be odd, got {self.pool_kernel}")
         if (self.hh_ratio is None) != (self.recent_ratio is None):
@@ -184,8 +188,8 @@ class CSPConfig:
         for name in ("budget", "window", "recent", "k_self", "k_cross"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} must be None beside hh_ratio, got {getattr(self, name)!r}")
-        if self.hop_tokens:
-            raise ValueError(f"hop_tokens must be 0 beside hh_ratio, got {self.hop_tokens}")
+        if self.hop:
+            raise ValueError(f"hop must be 0 beside hh_ratio, got {self.hop}")
         if self.combine == "calibrated":
             raise ValueError('combine must be "union" or "intersection" beside hh_ratio, got "calibrated"')
 
@@ -199,8 +203,8 @@ class CSPConfig:
             raise ValueError(f"k_self and k_cross go together, got {self.k_self} and {self.k_cross}")
         if self.k_self is None:
             return
-        if self.hop_tokens:
-            raise ValueError(f"hop_tokens must be 0 beside k_self and k_cross, got {self.hop_tokens}")
+        if self.hop:
+            raise ValueError(f"hop must be 0 beside k_self and k_cross, got {self.hop}")
         check_int("k_self", self.k_self, 0)
         check_int("k_cross", self.k_cross, 0)
         if self.combine == "calibrated":
@@ -290,7 +294,12 @@ class CSPConfig:
                     f"do not fit a budget of {budget}"
                 )
             prune_from = budget
-        return ResolvedConfig(self, length, budget, recent, window, self.k_self, self.k_cross, prune_from)
+        hop = self.hop
+        if isinstance(hop, float):
+            hop = math.ceil(hop * (budget - recent))
+        return ResolvedConfig(
+            self, length, budget, recent, window, self.k_self, self.k_cross, prune_from, hop
+        )
 
     def _resolve_release(self, length: int, hh_ratio: float, recent_ratio: float) -> ResolvedConfig:
         window = int(length * recent_ratio)
@@ -300,7 +309,8 @@ class CSPConfig:
             return ResolvedConfig(self, length, length, 0, window, None, None, length + 1)
         recent = window if self.recent_bias == 1 else int(window * self.recent_bias)
         rest = cache - recent
-        k_cross, k_self = int(rest * self.cross_ratio), int(rest * (1 - self.cross_ratio))
+        ratio = cast(float, self.cross_ratio)
+        k_cross, k_self = int(rest * ratio), int(rest * (1 - ratio))
         where = f"recent_bias = {self.recent_bias} with {cache} slots and a window of {window}"
         if rest < 0:
             raise ValueError(f"{where} asks for {recent} recent tokens: the release fails here")
