@@ -270,6 +270,21 @@ def test_what_is_not_dropped_is_not_merged():
         assert torch.equal(merged[1], layer.value)
 
 
+def test_a_free_slot_is_nearest_to_nothing():
+    kept = torch.tensor([[[[0.0, 0.0], [-1.0, 0.0], [-1.0, -1.0]]]])
+    slots = torch.tensor([[[-1, 0, 1]]], dtype=torch.int32)
+    similarity, target = merging.nearest(torch.tensor([[[[1.0, 0.0], [1.0, 1.0]]]]), kept, slots)
+    torch.testing.assert_close(similarity[0, 0], torch.tensor([-(0.5**0.5), -(0.5**0.5)]))
+    assert target.tolist() == [[[2, 1]]]
+
+
+def test_tokens_that_resemble_nothing_may_still_merge():
+    similarity = torch.tensor([[[-0.5, 1.0, -0.1, -0.3], [1.0, -0.1, -0.3, -0.9]]])
+    gone = torch.tensor([[[True, False, True, True], [False, True, True, True]]])
+    # By rank the heads' means are -0.3, -0.2 and -0.6.
+    assert merging.resembling(similarity, gone).tolist() == [[True, True, False, False]]
+
+
 def test_no_merge_is_h2o_with_sinks():
     layer = make_layer("left")
     selection = LookM(budget=30, merge="none").start(layer.modality, 150, True)
@@ -297,6 +312,7 @@ def test_pyramid_by_hand():
     assert PyramidKV.budgets(110, 10, 5, 150) == [150, 130, 110, 90, 70]
     assert PyramidKV.budgets(110, 10, 1, 1000) == [110]
     assert PyramidKV.budgets(110, 10, 3, 110) == [110] * 3
+    assert PyramidKV.budgets(110, 10, 3, 90) == [90] * 3
     assert PyramidKV.budgets(10, 10, 2, 40) == [10, 10]
 
 

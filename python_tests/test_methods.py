@@ -22,8 +22,10 @@ from csp_ext.integration import apply
 from csp_ext.integration.recording import Recording
 from csp_ext.methods import METHODS, Method, make_method
 
-# Left padding everywhere; the third row is shorter than the budget, the last has no image.
-ROWS = [make_row("5i3i12", 1), make_row("2i20", 2), make_row("9", 3), make_row("33", 4)]
+# Left padding everywhere; the third row is shorter than the budget, the fourth has no image, and the last is
+# shorter than what the first layer of a pyramid would keep.
+ROWS = [make_row("5i3i12", 1), make_row("2i20", 2), make_row("9", 3), make_row("33", 4), make_row("2i2", 5)]
+LONG = [row for row in ROWS if len(row) > 9]
 BUDGET, RECENT = 14, 4
 STEPS = 4
 # The methods' own sizes are for longer prompts: here nothing would be left to choose.
@@ -82,18 +84,22 @@ def generate_alone(model: Any, row: list[int], pixels: torch.Tensor | None) -> t
     return torch.stack(output.logits, dim=1)[0]
 
 
-@pytest.mark.parametrize("kind", ["gqa64", "mha32"])
-def test_a_padded_batch_equals_its_rows(request: pytest.FixtureRequest, name: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("gqa64", ROWS), ("gqa64", LONG), ("mha32", ROWS)], ids=["gqa", "long", "mha"]
+)
+def test_a_padded_batch_equals_its_rows(
+    request: pytest.FixtureRequest, name: str, kind: str, rows: list[list[int]]
+) -> None:
     model = request.getfixturevalue(kind)
     with apply(model, method=method_of(name)) as handle:
-        together = generate_batch(model, ROWS, STEPS)
+        together = generate_batch(model, rows, STEPS)
         assert (sum(layer.dropped for layer in handle.stats.layers) > 0) == (name != "full")
         logits = torch.stack(together.logits, dim=1)
         assert logits.isfinite().all()
         if name in ("random", "csp-release"):
             return
-        for index, pixels in enumerate(split_pixels(ROWS, make_pixels(ROWS, model.dtype))):
-            assert_logits_close(logits[index], generate_alone(model, ROWS[index], pixels), model.dtype)
+        for index, pixels in enumerate(split_pixels(rows, make_pixels(rows, model.dtype))):
+            assert_logits_close(logits[index], generate_alone(model, rows[index], pixels), model.dtype)
 
 
 def test_pruning_shows_in_the_answer(gqa64: Any, untouched: Any, name: str) -> None:
@@ -104,7 +110,8 @@ def test_pruning_shows_in_the_answer(gqa64: Any, untouched: Any, name: str) -> N
     changed = difference > 1e-3
     # The short row is whole everywhere; both releases leave a row of text alone.
     leaves_text = name in ("full", "csp-release", "lookm-tp-release")
-    assert changed.tolist() == [name != "full"] * 2 + [False, not leaves_text]
+    prunes = name != "full"
+    assert changed.tolist() == [prunes, prunes, False, not leaves_text, prunes]
 
 
 def test_a_large_budget_is_the_untouched_model(gqa64: Any, untouched: Any, name: str) -> None:
@@ -146,18 +153,19 @@ def slots_in_use(layer: Any) -> torch.Tensor:
 def test_budgets_are_exact(recording: Recording, name: str) -> None:
     _, stats = recording.pruned(method_of(name))
     for layer in stats.layers:
-        want = torch.tensor([BUDGET, BUDGET, len(ROWS[2]), BUDGET])
+        want = torch.tensor([min(len(row), BUDGET) for row in ROWS])
         assert torch.equal(layer.lengths, want[:, None].expand_as(layer.lengths))
 
 
 def test_a_pyramid_has_its_budget_over_all_layers(recording: Recording) -> None:
     _, stats = recording.pruned(method_of("pyramidkv"))
     lengths = torch.stack([layer.lengths for layer in stats.layers])
-    assert lengths.shape == (3, 4, 2)
-    total = 3 * torch.tensor([BUDGET, BUDGET, len(ROWS[2]), BUDGET])
-    assert torch.equal(lengths.sum(0), total[:, None].expand(4, 2))
-    # 10 slots beside the recent ones: 20, 10 and 0
+    assert lengths.shape == (3, 5, 2)
+    total = torch.tensor([3 * min(len(row), BUDGET) for row in ROWS])
+    assert torch.equal(lengths.sum(0), total[:, None].expand(5, 2))
+    # 10 slots beside the recent ones: 20, 10 and 0; of 20 tokens 16 are not recent
     assert lengths[:, 0, 0].tolist() == [RECENT + 20, RECENT + 10, RECENT]
+    assert lengths[:, 4, 0].tolist() == [RECENT + 16, RECENT + 10, RECENT + 4]
 
 
 def test_the_released_text_prior_keeps_all_text(recording: Recording) -> None:
