@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from csp_ext._fields import check_int
@@ -49,20 +50,20 @@ class RoCo(Ranked):
         mean, spread = attention_moments(layer)
         real = layer.modality >= 0
         from_start, from_end = real.cumsum(1), real.flip(1).cumsum(1).flip(1)
-        sink = (real & (from_start <= self.sinks))[:, None]
-        scores = torch.where(sink, 3.0, mean)
-        room = selection.budget - selection.recent - self.sinks
-        share = self.protected
-        wanted = share if not isinstance(share, float) else slots_of(share, selection.budget)
-        if min(wanted, room) > 0:
-            in_scope = real & (from_end > selection.recent) & (from_start > self.sinks)
-            scope = layer.modality.masked_fill(~in_scope, -1)
-            varied = keep_best(spread, scope, budget=min(wanted, room), recent=0)
-            # A free slot points behind the row.
-            place = torch.where(varied >= 0, varied, scores.shape[-1]).long()
-            steady = torch.nn.functional.pad(torch.zeros_like(scores), (0, 1)).scatter(-1, place, 2.0)
-            scores = torch.maximum(scores, steady[..., :-1])
-        return scores
+        sink = real & (from_start <= self.sinks)
+        # A mean is at most 1: what is protected counts 2, a sink 3.
+        scores = mean.masked_fill(sink[:, None], 3)
+        most = self.protected
+        if isinstance(most, float):
+            most = slots_of(most, selection.budget)
+        most = min(most, selection.budget - selection.recent - self.sinks)
+        if most <= 0:
+            return scores
+        droppable = real & ~sink & (from_end > selection.recent)
+        varied = keep_best(spread, layer.modality.masked_fill(~droppable, -1), budget=most, recent=0)
+        # A free slot points behind the row.
+        place = torch.where(varied >= 0, varied, scores.shape[-1]).long()
+        return F.pad(scores, (0, 1)).scatter(-1, place, 2.0)[..., :-1]
 
 
 def attention_moments(layer: Layer) -> tuple[Tensor, Tensor]:
