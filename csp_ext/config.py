@@ -15,6 +15,7 @@ COMBINE = ("intersection", "union", "calibrated")
 POOL = ("none", "max", "avg")
 TEXT_ONLY = ("prune", "leave")
 
+EVEN = 0.5
 # what the release does at cross_ratio <= 0, whatever the budget (METHODS A.2)
 RELEASE_ZERO_K_SELF = 308
 RELEASE_ZERO_K_CROSS = 1
@@ -45,7 +46,7 @@ class ResolvedConfig:
     ----------
     config : CSPConfig
     length : int
-        Real tokens of the batch's longest row.
+        Real tokens of the batch's longest row, those of the delay included.
     budget, recent : int
         T and R.
     window : int or "question"
@@ -83,7 +84,7 @@ class ResolvedConfig:
             "budget": self.budget,
             "recent": self.recent,
             # One list given as both is ranked as it is by any ratio.
-            "cross_ratio": 0.5 if self.config.cross_ratio is None else self.config.cross_ratio,
+            "cross_ratio": EVEN if self.config.cross_ratio is None else self.config.cross_ratio,
             "combine": self.config.combine,
             "k_self": self.k_self,
             "k_cross": self.k_cross,
@@ -111,8 +112,8 @@ class CSPConfig:
     combine : {"intersection", "union", "calibrated"}
         How the self and the cross list share the budget, see ``csp_ext.select``.
     cross_ratio : float or None
-        Share of the cross list, in [0, 1]; None, with "calibrated": the share that the attention itself has
-        there, so that the two lists count as one.
+        Share of the cross list, in [0, 1]. None: with "calibrated", the share that the attention itself has
+        there, so that the two lists count as one; otherwise 0.5.
     k_self, k_cross : int, optional
         Literal sizes of the two lists (Eq. 2) instead of the exact budget. Both or neither.
     n : float
@@ -126,7 +127,10 @@ class CSPConfig:
     hop : float or int
         How many of the tokens that the window attends to most are asked in turn what they attend to: evidence
         that only other evidence names. A float is a share of the slots that are not recent ones, an int a
-        number of tokens, 0 none. Needs the queries of the whole prompt.
+        number of tokens, 0 none. Only tokens whose queries are at hand are asked.
+    delay : int
+        How many tokens ``generate()`` appends to the prompt before pruning; they are kept, and their queries
+        join the window. Until then the cache is whole.
     text_only : {"prune", "leave"}
         What the transformers integration does with a row that holds no image; the ops prune it.
     hh_ratio, recent_ratio, recent_bias : float, optional
@@ -140,18 +144,19 @@ class CSPConfig:
     """
 
     budget: float | int | None = 0.2
-    window: int | str | None = "question"
+    window: int | str | None = 8
     recent: int | str | None = 8
     heads: str = "kv"
     combine: str = "calibrated"
-    cross_ratio: float | None = 0.5
+    cross_ratio: float | None = None
     k_self: int | None = None
     k_cross: int | None = None
     n: float = 1.0
     decode_n: float = 0.0
     pool: str = "max"
     pool_kernel: int = 7
-    hop: float | int = 0
+    hop: float | int = 0.45
+    delay: int = 0
     text_only: str = "prune"
     hh_ratio: float | None = None
     recent_ratio: float | None = None
@@ -164,11 +169,10 @@ class CSPConfig:
         check_choice("text_only", self.text_only, TEXT_ONLY)
         if self.cross_ratio is not None:
             check_real("cross_ratio", self.cross_ratio, 0, 1)
-        elif self.combine != "calibrated":
-            raise ValueError(f'cross_ratio None needs combine="calibrated", got {self.combine!r}')
         check_real("n", self.n, 0, math.inf)
         check_real("decode_n", self.decode_n, 0, math.inf)
         check_real("recent_bias", self.recent_bias, 0, math.inf)
+        check_int("delay", self.delay, 0)
         check_int("pool_kernel", self.pool_kernel, 1)
         check_real("hop", self.hop, 0, 1 if isinstance(self.hop, float) else math.inf)
         if self.pool_kernel % 2 == 0:
@@ -188,8 +192,9 @@ class CSPConfig:
         for name in ("budget", "window", "recent", "k_self", "k_cross"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} must be None beside hh_ratio, got {getattr(self, name)!r}")
-        if self.hop:
-            raise ValueError(f"hop must be 0 beside hh_ratio, got {self.hop}")
+        for name in ("hop", "delay"):
+            if getattr(self, name):
+                raise ValueError(f"{name} must be 0 beside hh_ratio, got {getattr(self, name)}")
         if self.combine == "calibrated":
             raise ValueError('combine must be "union" or "intersection" beside hh_ratio, got "calibrated"')
 
@@ -203,8 +208,6 @@ class CSPConfig:
             raise ValueError(f"k_self and k_cross go together, got {self.k_self} and {self.k_cross}")
         if self.k_self is None:
             return
-        if self.hop:
-            raise ValueError(f"hop must be 0 beside k_self and k_cross, got {self.hop}")
         check_int("k_self", self.k_self, 0)
         check_int("k_cross", self.k_cross, 0)
         if self.combine == "calibrated":
@@ -224,6 +227,7 @@ class CSPConfig:
             cross_ratio=cross_ratio,
             decode_n=1.0,
             pool="none",
+            hop=0,
         )
 
     @classmethod
@@ -248,6 +252,7 @@ class CSPConfig:
             combine="union",
             cross_ratio=cross_ratio,
             pool="none",
+            hop=0,
             text_only="leave",
             hh_ratio=hh_ratio,
             recent_ratio=recent_ratio,
@@ -281,10 +286,13 @@ class CSPConfig:
         """
         if self.hh_ratio is not None and self.recent_ratio is not None:
             return self._resolve_release(length, self.hh_ratio, self.recent_ratio)
-        budget = slots_of(cast("int | float", self.budget), length)
+        budget = slots_of(cast("int | float", self.budget), max(1, length - self.delay))
         half = max(1, budget // 2)
-        recent = min(half if self.recent == "half" else cast(int, self.recent), budget)
+        recent = min(half if self.recent == "half" else cast(int, self.recent), budget) + self.delay
         window = half if self.window == "half" else cast("int | str", self.window)
+        if isinstance(window, int):
+            window += self.delay
+        budget += self.delay
         prune_from = budget + 1
         if self.k_self is not None and self.k_cross is not None:
             quotas = (self.k_self, self.k_cross)
@@ -309,7 +317,7 @@ class CSPConfig:
             return ResolvedConfig(self, length, length, 0, window, None, None, length + 1)
         recent = window if self.recent_bias == 1 else int(window * self.recent_bias)
         rest = cache - recent
-        ratio = cast(float, self.cross_ratio)
+        ratio = EVEN if self.cross_ratio is None else self.cross_ratio
         k_cross, k_self = int(rest * ratio), int(rest * (1 - ratio))
         where = f"recent_bias = {self.recent_bias} with {cache} slots and a window of {window}"
         if rest < 0:

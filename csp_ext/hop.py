@@ -23,16 +23,16 @@ def add_second_hop(
 ) -> Scores:
     """Add to the window's scores those of the tokens that it attends to most.
 
-    An answer often leads on: a fact names what the next fact is found by, and no token at the end of the prompt
-    has looked there. The fact itself can be asked, with its own query, over the whole prompt: also over what
-    comes after it, because the answer will repeat it from behind everything.
+    An answer often leads on: a fact names what the next fact is found by, and no token at the end of the
+    prompt has looked there. The fact itself can be asked, with its own query, over the whole prompt: what comes
+    after it is asked about, too, because the answer will repeat the fact from behind everything.
 
     Parameters
     ----------
     scores : tuple of Tensor
         (self, cross) of the window, [B, Hs, L] float32 each.
     query : Tensor
-        [B, Hq, L, D], the whole prompt.
+        [B, Hq, Q, D], the last Q queries of the prompt. A token before them is not asked.
     key : Tensor
         [B, Hkv, L, D].
     modality : Tensor
@@ -49,32 +49,26 @@ def add_second_hop(
     tuple of Tensor
         (self, cross), of the same shapes: the window's shares of the candidates' attention, and in both lists
         the share that the hop's queries give, whatever their modality.
-
-    Raises
-    ------
-    ValueError
-        If `query` does not hold the whole prompt.
     """
-    if query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"query must hold all {key.shape[2]} positions of the prompt for a hop, got {query.shape[2]}"
-        )
     impl = implementation_for(key)
     real = modality >= 0
     candidate = real & (real.flip(1).cumsum(1).flip(1) > resolved.recent)
     first = tuple(_shares(score, candidate) for score in scores)
     # The same tokens for all heads: what matters to one head often leads another one on.
     options = resolved.select_options() | {"budget": resolved.hop + resolved.recent}
+    options |= {"k_self": None, "k_cross": None}
     means = [score.mean(1, keepdim=True) for score in first]
     chosen, _ = impl.select(*means, modality, query_modality, causal=causal, **options)
     place = chosen[:, 0, : resolved.hop]  # without the recent ones, which stand last
-    index = place.clamp_min(0).long()
+    row = (place - (key.shape[2] - query.shape[2])).long()
+    index = row.clamp_min(0)
     asked = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    kinds = modality.gather(1, place.clamp_min(0).long()).masked_fill((place < 0) | (row < 0), -1)
     second = impl.score(
         asked,
         key,
         modality,
-        query_modality=modality.gather(1, index).masked_fill(place < 0, -1),
+        query_modality=kinds,
         scale=scale,
         causal=False,
         **resolved.score_options(),

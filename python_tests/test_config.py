@@ -37,7 +37,7 @@ PRESETS = [
 ]
 
 
-def test_the_default_is_the_design():
+def test_the_default_is_what_measured_best():
     config = CSPConfig()
     chosen = (
         config.heads,
@@ -46,9 +46,11 @@ def test_the_default_is_the_design():
         config.pool_kernel,
         config.cross_ratio,
         config.recent,
+        config.window,
+        config.hop,
     )
-    assert chosen == ("kv", "calibrated", "max", 7, 0.5, 8)
-    assert (config.window, config.n, config.decode_n, config.text_only) == ("question", 1.0, 0.0, "prune")
+    assert chosen == ("kv", "calibrated", "max", 7, None, 8, 8, 0.45)
+    assert (config.n, config.decode_n, config.text_only, config.delay) == (1.0, 0.0, "prune", 0)
 
 
 @pytest.mark.parametrize("config", PRESETS)

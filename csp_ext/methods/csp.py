@@ -31,6 +31,10 @@ class CSP(Method):
     def text_only(self) -> str:  # type: ignore[override]
         return self.config.text_only
 
+    @property
+    def delay(self) -> int:  # type: ignore[override]
+        return self.config.delay
+
     def observes(self, length: int) -> int:
         if self.config.hop:
             return length
