@@ -24,8 +24,8 @@ def add_second_hop(
     """Add to the window's scores those of the tokens that it attends to most.
 
     An answer often leads on: a fact names what the next fact is found by, and no token at the end of the
-    prompt has looked there. The fact itself can be asked, with its own query, over the whole prompt: what comes
-    after it is asked about, too, because the answer will repeat the fact from behind everything.
+    prompt has looked there. The fact itself can be asked, with its own query, over the whole prompt, and
+    over what comes after it, because the answer will repeat it from behind everything.
 
     Parameters
     ----------
