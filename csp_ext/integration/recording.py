@@ -58,7 +58,7 @@ class Recording:
         """
         recording = cls(handle, observes)
         recording.inputs = dict(inputs)
-        recording._forward(dict(inputs))
+        recording._forward(dict(inputs) | recording._positions(inputs.get("attention_mask")))
         return recording
 
     def begin(self, layers: list[PrunedLayer], modality: Tensor, real: Tensor | None) -> None:
@@ -91,7 +91,19 @@ class Recording:
         for layer in pruned_layers(self.cache):
             layer.settled = True
         mask = self._real.to(torch.int64)
-        self._forward({"input_ids": tokens, "attention_mask": mask})
+        positions = self._positions(mask, tokens.shape[1])
+        self._forward({"input_ids": tokens, "attention_mask": mask, **positions})
+
+    def _positions(self, mask: Tensor | None, last: int = 0) -> dict[str, Tensor]:
+        """Return the positions of the `last` tokens (0: of all), counted as ``generate`` counts padded rows.
+
+        Empty without padding, and where the model has positions of several kinds, which only it can count.
+        """
+        rope = getattr(self._handle.model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+        if mask is None or "mrope_section" in rope or bool(mask.all()):
+            return {}
+        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        return {"position_ids": positions[:, -last:]}
 
     @torch.no_grad()
     def pruned(self, method: Method, length: int | None = None) -> tuple[DynamicCache, PruneStats]:

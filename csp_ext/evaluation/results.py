@@ -1,0 +1,210 @@
+"""From records to numbers: means, their errors, and differences between arms on the same samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from csp_ext.demo.console import require
+from csp_ext.evaluation.arms import FULL
+
+Record = dict[str, Any]
+BOOTSTRAP_DRAWS = 4000
+# What a difference was tested with.
+MCNEMAR, BOOTSTRAP = "McNemar, exact", "paired bootstrap"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean score, 0 to 1.
+
+    Attributes
+    ----------
+    value : float
+        Over several data sets: the unweighted mean of theirs.
+    error : float
+        Standard error, over the samples of all seeds; NaN where a data set has a single one.
+    count : int
+        Samples.
+    """
+
+    value: float
+    error: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One arm minus another, on the samples that both have.
+
+    Attributes
+    ----------
+    value, error, count
+        As in :class:`Mean`, of the differences sample by sample.
+    better, worse : int
+        Samples on which the arm scores higher, and lower.
+    p : float
+        Two-sided, for no difference.
+    test : str
+        ``MCNEMAR`` where all scores are 0 or 1, over the samples of all data sets; else ``BOOTSTRAP``.
+    """
+
+    value: float
+    error: float
+    count: int
+    better: int
+    worse: int
+    p: float
+    test: str
+
+
+def labels(records: Sequence[Record]) -> list[str]:
+    """Return the arms, in the order that they appear in."""
+    return list(dict.fromkeys(record["arm"] for record in records))
+
+
+def groups(records: Sequence[Record]) -> list[str]:
+    """Return the groups of data sets, in the order that they appear in."""
+    return list(dict.fromkeys(record["group"] for record in records))
+
+
+def chosen(
+    records: Sequence[Record],
+    *,
+    arm: str | None = None,
+    dataset: str | None = None,
+    group: str | None = None,
+) -> list[Record]:
+    """Return the records of an arm, a data set, a group."""
+    wanted = {"arm": arm, "dataset": dataset, "group": group}
+    given = {key: value for key, value in wanted.items() if value is not None}
+    return [record for record in records if all(record[key] == value for key, value in given.items())]
+
+
+def one_protocol(records: Sequence[Record]) -> str:
+    """Return the protocol of all records.
+
+    Raises
+    ------
+    ValueError
+        If there is no record, or they are of several protocols, which nothing compares.
+    """
+    protocols = sorted({record["protocol"] for record in records})
+    if len(protocols) != 1:
+        raise ValueError(f"records must be of one protocol, got {', '.join(protocols) or 'none'}")
+    return protocols[0]
+
+
+def mean(
+    records: Sequence[Record], arm: str, *, dataset: str | None = None, group: str | None = None
+) -> Mean:
+    """Return the mean score of an arm on a data set, a group, or the whole suite.
+
+    Raises
+    ------
+    ValueError
+        If there is no such record, or the records are of several protocols.
+    """
+    one_protocol(records)
+    mine = chosen(records, arm=arm, dataset=dataset, group=group)
+    scores = [np.array(values) for values in _by_dataset(mine).values()]
+    if not scores:
+        raise ValueError(f"records must hold {arm!r} on {dataset or group or 'some data set'}, got none")
+    return Mean(*_mean_of_means(scores))
+
+
+def retention(
+    records: Sequence[Record], arm: str, *, dataset: str | None = None, group: str | None = None
+) -> float:
+    """Return an arm's mean score as a share of the full cache's; NaN where that is 0 or was not run."""
+    if not chosen(records, arm=FULL, dataset=dataset, group=group):
+        return math.nan
+    full = mean(records, FULL, dataset=dataset, group=group).value
+    return mean(records, arm, dataset=dataset, group=group).value / full if full else math.nan
+
+
+def compare(
+    records: Sequence[Record],
+    arm: str,
+    other: str,
+    *,
+    dataset: str | None = None,
+    group: str | None = None,
+) -> Difference:
+    """Compare two arms on the samples that both have.
+
+    Raises
+    ------
+    ValueError
+        If there are no such samples, or the records are of several protocols.
+    """
+    one_protocol(records)
+    pairs = _pairs(
+        chosen(records, arm=arm, dataset=dataset, group=group),
+        chosen(records, arm=other, dataset=dataset, group=group),
+    )
+    if not pairs:
+        raise ValueError(f"{arm!r} and {other!r} must share samples, got none")
+    gaps = [np.subtract(*np.array(of_dataset).T) for of_dataset in pairs.values()]
+    value, error, count = _mean_of_means(gaps)
+    every = np.concatenate(gaps)
+    better, worse = int((every > 0).sum()), int((every < 0).sum())
+    binary = all(score in (0, 1) for of_dataset in pairs.values() for pair in of_dataset for score in pair)
+    p = mcnemar(better, worse) if binary else _bootstrap(gaps)
+    return Difference(value, error, count, better, worse, p, MCNEMAR if binary else BOOTSTRAP)
+
+
+def mcnemar(better: int, worse: int) -> float:
+    """Return the two-sided p value of the exact test: under no difference both counts are equally likely."""
+    require("eval", "scipy")
+    from scipy.stats import binomtest
+
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def _bootstrap(gaps: list[NDArray[np.float64]]) -> float:
+    """Return the two-sided p value of a bootstrap within each data set, of differences centred on none."""
+    rng = np.random.default_rng(0)
+    observed = abs(float(np.mean([gap.mean() for gap in gaps])))
+    drawn = np.zeros(BOOTSTRAP_DRAWS)
+    for gap in gaps:
+        centred = gap - gap.mean()
+        for at in range(BOOTSTRAP_DRAWS):
+            drawn[at] += centred[rng.integers(0, len(gap), len(gap))].mean()
+    # Sums that are equal on paper may differ in their last bits.
+    hits = int((np.abs(drawn / len(gaps)) >= observed - 1e-12).sum())
+    return (1 + hits) / (1 + BOOTSTRAP_DRAWS)
+
+
+def _by_dataset(records: Sequence[Record]) -> dict[str, list[float]]:
+    scores: dict[str, list[float]] = {}
+    for record in records:
+        scores.setdefault(record["dataset"], []).append(record["score"])
+    return scores
+
+
+def _pairs(ones: Sequence[Record], others: Sequence[Record]) -> dict[str, list[tuple[float, float]]]:
+    """Return per data set the scores of the samples that both arms have."""
+    sample = ("seed", "dataset", "sample_id")
+    known = {tuple(record[key] for key in sample): record["score"] for record in others}
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for record in ones:
+        key = tuple(record[key] for key in sample)
+        if key in known:
+            pairs.setdefault(record["dataset"], []).append((record["score"], known[key]))
+    return pairs
+
+
+def _mean_of_means(scores: list[NDArray[np.float64]]) -> tuple[float, float, int]:
+    """Return the mean over data sets, its standard error and the number of samples."""
+    value = float(np.mean([values.mean() for values in scores]))
+    count = sum(map(len, scores))
+    if min(map(len, scores)) < 2:
+        return value, math.nan, count
+    variances = [values.var(ddof=1) / len(values) for values in scores]
+    return value, math.sqrt(sum(variances)) / len(scores), count
