@@ -216,7 +216,9 @@ def _draw_words(
 
 
 def _letters(axes: Any, x: float, y: float, word: str, scale: float = 1.0, **style: Any) -> None:
-    axes.text(x, y, word, fontsize=LETTERS * scale, family="monospace", va="center_baseline", **style)
+    # Half the height of a digit below the middle is the line that all words stand on.
+    foot = y + 0.36 * LETTERS * scale / 72
+    axes.text(x, foot, word, fontsize=LETTERS * scale, family="monospace", va="baseline", **style)
 
 
 def _frame(axes: Any, evidence: list[tuple[Box, bool]]) -> None:
