@@ -72,7 +72,7 @@ def demo(
         check_target(out, SUFFIXES)
         samples = [questions.draw_sample(name, seed) for name in dict.fromkeys(task)]
         progress.quiet()
-        with progress.bars(as_json) as bars:
+        with questions.one_thread(), progress.bars(as_json) as bars:
             steps = bars.add_task("loading the model", total=2 + len(samples))
             model, processor = load_eval_model()
             asked, notes = [], list(scoreboard.NOTES)

@@ -181,3 +181,11 @@ def test_draw_frames_the_evidence(
     frame = np.abs(drawn[0] - np.array([0xC2, 0x00, 0x7A])).max(-1) < 30
     assert frame[: len(frame) // 2].sum() > 500
     assert not (np.abs(drawn[1] - np.array([0xC2, 0x00, 0x7A])).max(-1) < 5).any()
+
+
+def test_one_thread_is_given_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), questions.one_thread():
+        assert torch.get_num_threads() == 1
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == before

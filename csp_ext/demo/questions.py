@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from csp_ext.demo.console import UserError, first_line
 from csp_ext.demo.photographs import Photograph
@@ -79,6 +83,17 @@ def attempts(budgets: dict[str, int | float], baseline: str) -> list[Attempt]:
         for method in ("csp", baseline):
             tried.append(Attempt(method, label, Run(f"{method} {label}", make_method(method, budget=budget))))
     return tried
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: for a model this small, waiting for a second one costs more than it gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def draw_sample(task: str, seed: int) -> Sample:
