@@ -185,7 +185,10 @@ def test_draw_frames_the_evidence(
 
 def test_one_thread_is_given_back() -> None:
     before = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), questions.one_thread():
-        assert torch.get_num_threads() == 1
-        raise ZeroDivisionError
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(2)
+    try:
+        with questions.one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
