@@ -12,7 +12,7 @@ from csp_ext._fields import check_choice, check_int, check_real, check_size
 
 HEADS = ("kv", "shared")
 COMBINE = ("intersection", "union", "calibrated")
-POOL = ("none", "max", "avg")
+POOL = ("none", "max", "past", "avg")
 TEXT_ONLY = ("prune", "leave")
 
 # what the release does at cross_ratio <= 0, whatever the budget (METHODS A.2)
@@ -114,10 +114,10 @@ class CSPConfig:
         n-softmax constant of the scores (Eq. 7).
     decode_n : float
         n-softmax constant of the attention over a pruned cache; 0 is the ordinary softmax.
-    pool : {"none", "max", "avg"}
-        Smoothing of the scores.
+    pool : {"none", "max", "past", "avg"}
+        Smoothing of the scores; "past" raises what follows a high score, as copying reads it next.
     pool_kernel : int
-        Odd width of the smoothing.
+        Odd width of the smoothing; "past" takes its first half and the key itself.
     hop_tokens : int
         How many of the tokens that the window attends to most, per head, are asked in turn what they attend to,
         before and after them: evidence that only the evidence names. 0: none. Needs the queries of the whole
