@@ -12,7 +12,7 @@ from csp_ext._fields import check_choice, check_int, check_real, check_size
 
 HEADS = ("kv", "shared")
 COMBINE = ("intersection", "union", "calibrated")
-POOL = ("none", "max", "avg")
+POOL = ("none", "max", "past", "avg")
 TEXT_ONLY = ("prune", "leave")
 
 EVEN = 0.5
@@ -120,10 +120,10 @@ class CSPConfig:
         n-softmax constant of the scores (Eq. 7).
     decode_n : float
         n-softmax constant of the attention over a pruned cache; 0 is the ordinary softmax.
-    pool : {"none", "max", "avg"}
-        Smoothing of the scores.
+    pool : {"none", "max", "past", "avg"}
+        Smoothing of the scores; "past" raises what follows a high score, as copying reads it next.
     pool_kernel : int
-        Odd width of the smoothing.
+        Odd width of the smoothing; "past" takes its first half and the key itself.
     hop : float or int
         How many of the tokens that the window attends to most are asked in turn what they attend to: evidence
         that only other evidence names. A float is a share of the slots that are not recent ones, an int a
@@ -153,7 +153,7 @@ class CSPConfig:
     k_cross: int | None = None
     n: float = 1.0
     decode_n: float = 0.0
-    pool: str = "max"
+    pool: str = "past"
     pool_kernel: int = 7
     hop: float | int = 0.45
     delay: int = 0

@@ -49,7 +49,7 @@ def test_the_default_is_what_measured_best():
         config.window,
         config.hop,
     )
-    assert chosen == ("kv", "calibrated", "max", 7, None, 8, 8, 0.45)
+    assert chosen == ("kv", "calibrated", "past", 7, None, 8, 8, 0.45)
     assert (config.n, config.decode_n, config.text_only, config.delay) == (1.0, 0.0, "prune", 0)
 
 
