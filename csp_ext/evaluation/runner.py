@@ -13,7 +13,7 @@ from torch import Tensor
 
 import csp_ext
 from csp_ext.demo.console import UserError, first_line
-from csp_ext.evaluation.arms import ORACLE, Arm
+from csp_ext.evaluation.arms import FULL, ORACLE, Arm
 from csp_ext.evaluation.batches import batches
 from csp_ext.evaluation.checkpoint import NEW_TOKENS
 from csp_ext.evaluation.encoding import Encoder, Ready, annotation
@@ -124,7 +124,7 @@ def run(
     labels = [arm.label for arm in arms]
     if not arms or len(set(labels)) < len(labels):
         raise ValueError(f"arms must have different labels, got {', '.join(labels) or 'none'}")
-    encoder = Encoder(model, processor, settings.template, settings.context_len)
+    encoder, handle = _start(model, processor, settings)
     work = [
         (seed, dataset, batch)
         for seed in settings.seeds
@@ -132,12 +132,8 @@ def run(
         for batch in batches(dataset, settings.batch_images)
     ][store.rank :: store.count]
     total, done = sum(len(batch) for _, _, batch in work) * len(arms), 0
-    progress(done, total)
-    try:
-        handle = csp_ext.apply(model, method="full")
-    except ValueError as error:
-        raise UserError(first_line(error)) from error
     with handle:
+        progress(done, total)
         for seed, dataset, batch in work:
             if not all(store.has(seed, item, labels) for item in batch):
                 rows = _Batch(encoder, handle, settings, seed, dataset)
@@ -145,6 +141,19 @@ def run(
                 store.add(records, seed, dataset.name, rows.problems)
             done += len(batch) * len(arms)
             progress(done, total)
+
+
+def check(model: Any, processor: Any, settings: Settings) -> None:
+    """Find out whether a model can be evaluated, before anything is written; raise UserError if not."""
+    _start(model, processor, settings)[1].restore()
+
+
+def _start(model: Any, processor: Any, settings: Settings) -> tuple[Encoder, csp_ext.Handle]:
+    encoder = Encoder(model, processor, settings.template, settings.context_len)
+    try:
+        return encoder, csp_ext.apply(model, method=FULL)
+    except ValueError as error:
+        raise UserError(first_line(error)) from error
 
 
 class _Batch:
