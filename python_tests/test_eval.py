@@ -417,8 +417,10 @@ def test_other_scores_are_bootstrapped():
     # About what the normal distribution says.
     assert worse.p == pytest.approx(math.erfc(-worse.value / worse.error / math.sqrt(2)), abs=0.005)
     assert compare(two_arms(full, full), "csp 20 %", "full").p == 1
-    again = compare(two_arms(full, full - 0.03 + 0 * full), "csp 20 %", "full")
-    assert again == compare(two_arms(full, full - 0.03 + 0 * full), "csp 20 %", "full")
+    again = compare(two_arms(full, full - 0.03), "csp 20 %", "full")
+    assert again == compare(two_arms(full, full - 0.03), "csp 20 %", "full")
+    # Three samples that agree are no proof.
+    assert compare(two_arms(full[:3], full[:3] - 0.03), "csp 20 %", "full").p == 0.25
 
 
 def test_tables_hold_the_numbers(tmp_path):
