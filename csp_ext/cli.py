@@ -1,15 +1,15 @@
-"""The ``csp`` command: ``demo``, ``generate``, ``train-eval-model`` and ``info``."""
+"""The ``csp`` command: ``demo``, ``generate``, ``train-eval-model``, ``info``, and those of ``commands``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from csp_ext.commands.eval import evaluate as eval_command
+from csp_ext.commands.shared import Json, one_line_errors, parse_budget, progress_bars, quiet
 from csp_ext.demo import progress
 from csp_ext.demo.console import UserError, check_target, first_line, require, stdout
 
@@ -34,7 +34,6 @@ Budgets = Annotated[
         metavar="SHARE|TOKENS",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress bars.")]
 
 DEMO_REPEATS = 3
 # On these samples the methods differ; the demo says so.
@@ -71,8 +70,8 @@ def demo(
 
         check_target(out, SUFFIXES)
         samples = [questions.draw_sample(name, seed) for name in dict.fromkeys(task)]
-        progress.quiet()
-        with questions.one_thread(), progress.bars(as_json) as bars:
+        quiet()
+        with questions.one_thread(), progress_bars(as_json) as bars:
             steps = bars.add_task("loading the model", total=2 + len(samples))
             model, processor = load_eval_model()
             asked, notes = [], list(scoreboard.NOTES)
@@ -158,8 +157,8 @@ def generate(
             require("demo", "matplotlib")
             check_target(picture_to, picture.SUFFIXES)
         images = [photographs.read(path) for path in image or []]
-        progress.quiet()
-        with progress.bars(as_json) as bars:
+        quiet()
+        with progress_bars(as_json) as bars:
             steps = bars.add_task("loading the model", total=2)
             loaded, processor = checkpoint.load(model, place, dtype)
             bars.update(steps, advance=1, description="generating")
@@ -222,7 +221,7 @@ def train_eval_model(
             raise UserError(f"num-kv-heads must be 2 or 4, got {num_kv_heads}")
         if minutes is not None and not minutes > 0:
             raise UserError(f"minutes must be positive, got {minutes}")
-        progress.quiet()
+        quiet()
         plan = replace(QUICK if quick else Plan(), seed=seed, num_kv_heads=num_kv_heads)
         scores = train(
             plan, out, minutes=minutes, resume=resume, threads=threads, samples=1 if quick else EXAM_SAMPLES
@@ -248,27 +247,6 @@ def info(as_json: Json = False) -> None:
         typer.echo(json.dumps(facts, indent=2))
     else:
         stdout().print(render(facts))
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a mistake of the user's into one line on stderr and exit code 2."""
-    try:
-        yield
-    except UserError as error:
-        typer.echo(f"csp: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
-
-
-def parse_budget(text: str) -> int | float:
-    """Return the budget a user wrote: "0.2" and "20%" are shares, "300" is a number of tokens."""
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        return float(text) if any(mark in text for mark in ".en") else int(text)
-    except ValueError:
-        wanted = "a share such as 0.2 or a number of tokens such as 300"
-        raise UserError(f"budget must be {wanted}, got {text!r}") from None
 
 
 def _budgets(texts: list[str]) -> dict[str, int | float]:
@@ -298,3 +276,7 @@ def _configs(budgets: list[str], fields: dict[str, Any]) -> list[Run]:
         ]
     except (TypeError, ValueError) as error:
         raise UserError(first_line(error)) from None
+
+
+# Commands with modules of their own.
+main.command(name="eval")(eval_command)

@@ -1,12 +1,10 @@
-"""Progress bars of the commands, and silence from transformers."""
+"""A comparison of runs with a progress bar for each."""
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 if TYPE_CHECKING:
     from csp_ext.demo.prompts import Prompt
@@ -35,25 +33,3 @@ def compare(
     for bar in bars.values():
         progress.update(bar, total=progress.tasks[bar].completed)
     return notes
-
-
-def bars(hidden: bool) -> Progress:
-    """Return progress bars on stderr that vanish when done; a log file gets none."""
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=hidden or not console.is_terminal,
-    )
-
-
-def quiet() -> None:
-    """Keep transformers' own bars and hints off the terminal; errors stay."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()

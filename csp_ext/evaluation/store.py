@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from csp_ext.demo.console import UserError, replacing
 from csp_ext.evaluation.items import Item, Problem
+from csp_ext.evaluation.processes import Processes
 
 RECORDS, PROBLEMS, RUN = "records.jsonl", "problems.jsonl", "run.json"
 
 # Seed, data set, sample, arm.
 Key = tuple[int, str, str, str]
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Refuse a folder that holds a run which is not to be resumed, before any long work."""
+    if (folder / RUN).is_file() and not resume:
+        raise UserError(f"{folder} holds a run; go on with --resume, or name another folder")
 
 
 def key_of(record: dict[str, Any]) -> Key:
@@ -40,9 +47,7 @@ class Store:
         facts: dict[str, Any],
         *,
         resume: bool = False,
-        rank: int = 0,
-        count: int = 1,
-        wait: Callable[[], None] = lambda: None,
+        processes: Processes | None = None,
     ) -> None:
         """Begin a run, or go on with one.
 
@@ -56,10 +61,8 @@ class Store:
             What else ``run.json`` says; that of the first start stays.
         resume : bool
             Whether to go on with the run in the folder, if there is one.
-        rank, count
-            See above.
-        wait : callable
-            Returns when all processes have called it.
+        processes : Processes, optional
+            All that work on this run.
 
         Raises
         ------
@@ -67,22 +70,18 @@ class Store:
             If the folder holds a run and `resume` is not set, or that run has other settings; or it cannot
             be written.
         """
-        self.folder, self.rank, self.count, self._wait = folder, rank, count, wait
-        try:
-            if rank == 0:
-                self._open(settings, facts, resume)
-        finally:
-            wait()
-        self._records = {key_of(record): record for record in self._lines(RECORDS)}
-        self._problems = {_problem_key(entry): entry for entry in self._lines(PROBLEMS)}
+        self.folder, self._processes = folder, processes or Processes()
+        self.rank, self.count = self._processes.rank, self._processes.count
+        self._processes.first(lambda: self._open(settings, facts, resume))
+        self._records = {key_of(record): record for record in self.records()}
+        self._problems = {_problem_key(entry): entry for entry in self.problems()}
 
     def _open(self, settings: dict[str, Any], facts: dict[str, Any], resume: bool) -> None:
         settings = json.loads(json.dumps(settings))
         file = self.folder / RUN
+        check_folder(self.folder, resume)
         try:
             if file.is_file():
-                if not resume:
-                    raise UserError(f"{self.folder} holds a run; go on with --resume, or name another folder")
                 _compare(file, settings)
                 self._merge()
                 return
@@ -121,18 +120,16 @@ class Store:
 
     def finish(self, order: Sequence[Key]) -> None:
         """Wait for all processes; bring the records into this order. Those of other keys come last."""
-        self._wait()
-        if self.rank == 0:
-            self._merge(order)
-        self._wait()
+        self._processes.wait()
+        self._processes.first(lambda: self._merge(order))
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records in the order of the file."""
-        return self._lines(RECORDS)
+        return _read(self.folder / RECORDS)
 
     def problems(self) -> list[dict[str, Any]]:
         """Return what was left out."""
-        return self._lines(PROBLEMS)
+        return _read(self.folder / PROBLEMS)
 
     def _own(self, name: str) -> Path:
         return self.folder / (name if self.count == 1 else _of_rank(name, str(self.rank)))
@@ -150,9 +147,6 @@ class Store:
         except OSError as error:
             raise UserError(f"{self._own(name)} cannot be written: {error.strerror}") from error
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        return _read(self.folder / name)
-
     def _merge(self, order: Sequence[Key] = ()) -> None:
         """Put the files of all ranks into one, without repetitions and half-written lines."""
         place = {key: at for at, key in enumerate(order)}
@@ -162,6 +156,8 @@ class Store:
             for file in files:
                 for entry in _read(file):
                     entries.setdefault(identity(entry), entry)
+            if not any(file.is_file() for file in files):
+                continue
             if name == RECORDS:
                 ordered = sorted(entries.values(), key=lambda entry: place.get(key_of(entry), len(place)))
             else:
