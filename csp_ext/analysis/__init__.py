@@ -1,0 +1,1 @@
+"""What the attention of a prompt's observation window looks like, within and across modalities."""
