@@ -85,8 +85,9 @@ std::vector<Candidate> candidates_of(const Problem& problem, int64_t row, int64_
       if (queries[i] < 0 || (p.causal && j > p.keys - p.window + i)) continue;
       (queries[i] == modality[j] ? it.valid_self : it.valid_cross) = true;
     }
-    if (p.pool != Pool::kMax) continue;
+    if (p.pool != Pool::kMax && p.pool != Pool::kPast) continue;
     for (const int64_t step : {-1, 1}) {
+      if (step > 0 && p.pool == Pool::kPast) continue;
       for (int64_t n = c; n >= 0 && n < count && std::abs(n - c) <= p.pool_kernel / 2; n += step) {
         if (modality[real[n]] != modality[j]) break;
         it.self = std::max(it.self, score(problem.self, n));
@@ -167,7 +168,7 @@ TEST_P(Select, MatchesTheDefinition) {
     for (const int levels : {1, 2, 9, 200}) {
       for (const Combine combine : {Combine::kIntersection, Combine::kUnion}) {
         for (const int32_t rho : {0, 90, 500, 1000}) {
-          for (const Pool pool : {Pool::kNone, Pool::kMax}) {
+          for (const Pool pool : {Pool::kNone, Pool::kMax, Pool::kPast}) {
             Problem problem(dtype(), 2, 2, keys, std::min<int64_t>(keys, 1 + seed % 20));
             problem.fill(++seed, levels);
             SelectParams& p = problem.params;
@@ -233,9 +234,32 @@ TEST_P(Select, AverageCountsTheElementsPresent) {
   EXPECT_EQ(problem.indices, (std::vector<int32_t>{3, 4}));
 }
 
+TEST_P(Select, PastTakesTheCandidatesBefore) {
+  Problem problem(dtype(), 1, 1, 9, 1);
+  problem.modality = {0, 0, 0, 0, 0, -1, 1, 1, 1};
+  const double self[] = {1, 6, NAN, 0, 9, NAN, 1, 8, 0};  // with the two before: 1, 6, 6, 6, 9; 1, 8, 8
+  for (size_t i = 0; i < 9; ++i) problem.self.set(i, self[i]);
+  SelectParams& p = problem.params;
+  p.causal = false;
+  p.rho_thousandths = 0;
+  p.pool = Pool::kPast;
+  p.pool_kernel = 5;
+  p.budget = 3;
+  problem.query_modality = {0};  // the self list holds the text keys alone
+  problem.run();
+  EXPECT_EQ(problem.indices, (std::vector<int32_t>{1, 3, 4}));
+  p.budget = 4;
+  problem.run();
+  EXPECT_EQ(problem.indices, (std::vector<int32_t>{1, 2, 3, 4}));
+  p.budget = 2;
+  problem.query_modality = {1};
+  problem.run();
+  EXPECT_EQ(problem.indices, (std::vector<int32_t>{7, 8}));
+}
+
 TEST_P(Select, SurvivesNaNAndInfinity) {
   for (const Combine combine : {Combine::kIntersection, Combine::kUnion, Combine::kCalibrated}) {
-    for (const Pool pool : {Pool::kNone, Pool::kMax, Pool::kAvg}) {
+    for (const Pool pool : {Pool::kNone, Pool::kMax, Pool::kAvg, Pool::kPast}) {
       Problem problem(dtype(), 1, 1, 120, 4);
       problem.fill(5, 7);
       problem.modality.assign(120, 0);

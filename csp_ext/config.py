@@ -12,9 +12,10 @@ from csp_ext._fields import check_choice, check_int, check_real, check_size
 
 HEADS = ("kv", "shared")
 COMBINE = ("intersection", "union", "calibrated")
-POOL = ("none", "max", "avg")
+POOL = ("none", "max", "past", "avg")
 TEXT_ONLY = ("prune", "leave")
 
+EVEN = 0.5
 # what the release does at cross_ratio <= 0, whatever the budget (METHODS A.2)
 RELEASE_ZERO_K_SELF = 308
 RELEASE_ZERO_K_CROSS = 1
@@ -45,7 +46,7 @@ class ResolvedConfig:
     ----------
     config : CSPConfig
     length : int
-        Real tokens of the batch's longest row.
+        Real tokens of the batch's longest row, those of the delay included.
     budget, recent : int
         T and R.
     window : int or "question"
@@ -54,6 +55,8 @@ class ResolvedConfig:
         Literal quotas (Eq. 2), or None for the exact budget.
     prune_from : int
         Rows with fewer real tokens are left whole, as far as ``budget`` slots hold them.
+    hop : int
+        Tokens that are asked in turn what they attend to.
     """
 
     config: CSPConfig
@@ -64,6 +67,7 @@ class ResolvedConfig:
     k_self: int | None
     k_cross: int | None
     prune_from: int
+    hop: int = 0
 
     @property
     def keeps_all(self) -> bool:
@@ -79,7 +83,8 @@ class ResolvedConfig:
         return {
             "budget": self.budget,
             "recent": self.recent,
-            "cross_ratio": self.config.cross_ratio,
+            # One list given as both is ranked as it is by any ratio.
+            "cross_ratio": EVEN if self.config.cross_ratio is None else self.config.cross_ratio,
             "combine": self.config.combine,
             "k_self": self.k_self,
             "k_cross": self.k_cross,
@@ -106,24 +111,26 @@ class CSPConfig:
         One kept set per KV head, or one for all heads.
     combine : {"intersection", "union", "calibrated"}
         How the self and the cross list share the budget, see ``csp_ext.select``.
-    cross_ratio : float
-        Share of the cross list, in [0, 1].
+    cross_ratio : float or None
+        Share of the cross list, in [0, 1]. None: with "calibrated", the share that the attention itself has
+        there, so that the two lists count as one; otherwise 0.5.
     k_self, k_cross : int, optional
         Literal sizes of the two lists (Eq. 2) instead of the exact budget. Both or neither.
     n : float
         n-softmax constant of the scores (Eq. 7).
     decode_n : float
         n-softmax constant of the attention over a pruned cache; 0 is the ordinary softmax.
-    pool : {"none", "max", "avg"}
-        Smoothing of the scores.
+    pool : {"none", "max", "past", "avg"}
+        Smoothing of the scores; "past" raises what follows a high score, as copying reads it next.
     pool_kernel : int
-        Odd width of the smoothing.
-    hop_tokens : int
-        How many of the tokens that the window attends to most, per head, are asked in turn what they attend to,
-        before and after them: evidence that only the evidence names. 0: none. Needs the queries of the whole
-        prompt.
-    hop_weight : float
-        Weight of what they attend to, against what the window attends to.
+        Odd width of the smoothing; "past" takes its first half and the key itself.
+    hop : float or int
+        How many of the tokens that the window attends to most are asked in turn what they attend to: evidence
+        that only other evidence names. A float is a share of the slots that are not recent ones, an int a
+        number of tokens, 0 none. Only tokens whose queries are at hand are asked.
+    delay : int
+        How many tokens ``generate()`` appends to the prompt before pruning; they are kept, and their queries
+        join the window. Until then the cache is whole.
     text_only : {"prune", "leave"}
         What the transformers integration does with a row that holds no image; the ops prune it.
     hh_ratio, recent_ratio, recent_bias : float, optional
@@ -137,19 +144,19 @@ class CSPConfig:
     """
 
     budget: float | int | None = 0.2
-    window: int | str | None = "question"
+    window: int | str | None = 8
     recent: int | str | None = 8
     heads: str = "kv"
     combine: str = "calibrated"
-    cross_ratio: float = 0.5
+    cross_ratio: float | None = None
     k_self: int | None = None
     k_cross: int | None = None
     n: float = 1.0
     decode_n: float = 0.0
-    pool: str = "max"
+    pool: str = "past"
     pool_kernel: int = 7
-    hop_tokens: int = 0
-    hop_weight: float = 1.0
+    hop: float | int = 0.45
+    delay: int = 0
     text_only: str = "prune"
     hh_ratio: float | None = None
     recent_ratio: float | None = None
@@ -160,13 +167,14 @@ class CSPConfig:
         check_choice("combine", self.combine, COMBINE)
         check_choice("pool", self.pool, POOL)
         check_choice("text_only", self.text_only, TEXT_ONLY)
-        check_real("cross_ratio", self.cross_ratio, 0, 1)
+        if self.cross_ratio is not None:
+            check_real("cross_ratio", self.cross_ratio, 0, 1)
         check_real("n", self.n, 0, math.inf)
         check_real("decode_n", self.decode_n, 0, math.inf)
         check_real("recent_bias", self.recent_bias, 0, math.inf)
+        check_int("delay", self.delay, 0)
         check_int("pool_kernel", self.pool_kernel, 1)
-        check_int("hop_tokens", self.hop_tokens, 0)
-        check_real("hop_weight", self.hop_weight, 0, math.inf)
+        check_real("hop", self.hop, 0, 1 if isinstance(self.hop, float) else math.inf)
         if self.pool_kernel % 2 == 0:
             raise ValueError(f"pool_kernel must be odd, got {self.pool_kernel}")
         if (self.hh_ratio is None) != (self.recent_ratio is None):
@@ -184,8 +192,9 @@ class CSPConfig:
         for name in ("budget", "window", "recent", "k_self", "k_cross"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} must be None beside hh_ratio, got {getattr(self, name)!r}")
-        if self.hop_tokens:
-            raise ValueError(f"hop_tokens must be 0 beside hh_ratio, got {self.hop_tokens}")
+        for name in ("hop", "delay"):
+            if getattr(self, name):
+                raise ValueError(f"{name} must be 0 beside hh_ratio, got {getattr(self, name)}")
         if self.combine == "calibrated":
             raise ValueError('combine must be "union" or "intersection" beside hh_ratio, got "calibrated"')
 
@@ -199,8 +208,6 @@ class CSPConfig:
             raise ValueError(f"k_self and k_cross go together, got {self.k_self} and {self.k_cross}")
         if self.k_self is None:
             return
-        if self.hop_tokens:
-            raise ValueError(f"hop_tokens must be 0 beside k_self and k_cross, got {self.hop_tokens}")
         check_int("k_self", self.k_self, 0)
         check_int("k_cross", self.k_cross, 0)
         if self.combine == "calibrated":
@@ -220,6 +227,7 @@ class CSPConfig:
             cross_ratio=cross_ratio,
             decode_n=1.0,
             pool="none",
+            hop=0,
         )
 
     @classmethod
@@ -244,6 +252,7 @@ class CSPConfig:
             combine="union",
             cross_ratio=cross_ratio,
             pool="none",
+            hop=0,
             text_only="leave",
             hh_ratio=hh_ratio,
             recent_ratio=recent_ratio,
@@ -277,10 +286,13 @@ class CSPConfig:
         """
         if self.hh_ratio is not None and self.recent_ratio is not None:
             return self._resolve_release(length, self.hh_ratio, self.recent_ratio)
-        budget = slots_of(cast("int | float", self.budget), length)
+        budget = slots_of(cast("int | float", self.budget), max(1, length - self.delay))
         half = max(1, budget // 2)
-        recent = min(half if self.recent == "half" else cast(int, self.recent), budget)
+        recent = min(half if self.recent == "half" else cast(int, self.recent), budget) + self.delay
         window = half if self.window == "half" else cast("int | str", self.window)
+        if isinstance(window, int):
+            window += self.delay
+        budget += self.delay
         prune_from = budget + 1
         if self.k_self is not None and self.k_cross is not None:
             quotas = (self.k_self, self.k_cross)
@@ -290,7 +302,12 @@ class CSPConfig:
                     f"do not fit a budget of {budget}"
                 )
             prune_from = budget
-        return ResolvedConfig(self, length, budget, recent, window, self.k_self, self.k_cross, prune_from)
+        hop = self.hop
+        if isinstance(hop, float):
+            hop = math.ceil(hop * (budget - recent))
+        return ResolvedConfig(
+            self, length, budget, recent, window, self.k_self, self.k_cross, prune_from, hop
+        )
 
     def _resolve_release(self, length: int, hh_ratio: float, recent_ratio: float) -> ResolvedConfig:
         window = int(length * recent_ratio)
@@ -300,7 +317,8 @@ class CSPConfig:
             return ResolvedConfig(self, length, length, 0, window, None, None, length + 1)
         recent = window if self.recent_bias == 1 else int(window * self.recent_bias)
         rest = cache - recent
-        k_cross, k_self = int(rest * self.cross_ratio), int(rest * (1 - self.cross_ratio))
+        ratio = EVEN if self.cross_ratio is None else self.cross_ratio
+        k_cross, k_self = int(rest * ratio), int(rest * (1 - ratio))
         where = f"recent_bias = {self.recent_bias} with {cache} slots and a window of {window}"
         if rest < 0:
             raise ValueError(f"{where} asks for {recent} recent tokens: the release fails here")

@@ -8,9 +8,11 @@ from torch import Tensor
 from csp_ext.config import ResolvedConfig
 from csp_ext.dispatch import implementation_for
 
+Scores = tuple[Tensor, Tensor]
+
 
 def add_second_hop(
-    scores: tuple[Tensor, Tensor],
+    scores: Scores,
     query: Tensor,
     key: Tensor,
     modality: Tensor,
@@ -18,19 +20,19 @@ def add_second_hop(
     resolved: ResolvedConfig,
     scale: float | None,
     causal: bool,
-) -> tuple[Tensor, Tensor]:
-    """Add to the window's scores those of the tokens it attends to most.
+) -> Scores:
+    """Add to the window's scores those of the tokens that it attends to most.
 
-    An answer often leads on: a fact names what the next fact is found by, and no token of the prompt has looked
-    there from the end of it. The query of the fact itself has: it is asked over the whole prompt, also over what
-    came after it, since a later token that repeats it will be.
+    An answer often leads on: a fact names what the next fact is found by, and no token at the end of the
+    prompt has looked there. The fact itself can be asked, with its own query, over the whole prompt, and
+    over what comes after it, because the answer will repeat it from behind everything.
 
     Parameters
     ----------
     scores : tuple of Tensor
         (self, cross) of the window, [B, Hs, L] float32 each.
     query : Tensor
-        [B, Hq, L, D], the whole prompt.
+        [B, Hq, Q, D], the last Q queries of the prompt. A token before them is not asked.
     key : Tensor
         [B, Hkv, L, D].
     modality : Tensor
@@ -38,48 +40,41 @@ def add_second_hop(
     query_modality : Tensor
         [B, O] int8, the window.
     resolved : ResolvedConfig
-        With ``hop_tokens`` and ``hop_weight`` in its config.
+        With ``hop`` tokens, at least 1.
     scale, causal
         Of the window's attention.
 
     Returns
     -------
     tuple of Tensor
-        (self, cross), each a sum of shares over the candidates.
-
-    Raises
-    ------
-    ValueError
-        If `query` does not hold the whole prompt.
+        (self, cross), of the same shapes: the window's shares of the candidates' attention, and in both lists
+        the share that the hop's queries give, whatever their modality.
     """
-    config, recent = resolved.config, resolved.recent
-    rows, num_query_heads, length, head_dim = query.shape
-    if length != key.shape[2]:
-        raise ValueError(f"query must hold all {key.shape[2]} positions for hop_tokens, got {length}")
     impl = implementation_for(key)
-    options = resolved.select_options() | {"budget": config.hop_tokens + recent}
-    chosen, _ = impl.select(*scores, modality, query_modality, causal=causal, **options)
-    hopping = chosen[:, :, : config.hop_tokens]  # without the recent ones; [B, Hs, m]
-    sets = hopping.shape[1]
-    place = hopping.clamp_min(0).long()
-    grouped = query.unflatten(1, (sets, -1))
-    index = place[:, :, None, :, None].expand(-1, -1, grouped.shape[2], -1, head_dim)
-    kinds = modality[:, None].expand(-1, sets, -1).gather(2, place).masked_fill(hopping < 0, -1)
-    # Every set of heads has queries of its own: it becomes a row.
+    real = modality >= 0
+    candidate = real & (real.flip(1).cumsum(1).flip(1) > resolved.recent)
+    first = tuple(_shares(score, candidate) for score in scores)
+    # The same tokens for all heads: what matters to one head often leads another one on.
+    options = resolved.select_options() | {"budget": resolved.hop + resolved.recent}
+    options |= {"k_self": None, "k_cross": None}
+    means = [score.mean(1, keepdim=True) for score in first]
+    chosen, _ = impl.select(*means, modality, query_modality, causal=causal, **options)
+    place = chosen[:, 0, : resolved.hop]  # without the recent ones, which stand last
+    row = (place - (key.shape[2] - query.shape[2])).long()
+    index = row.clamp_min(0)
+    asked = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    kinds = modality.gather(1, place.clamp_min(0).long()).masked_fill((place < 0) | (row < 0), -1)
     second = impl.score(
-        grouped.gather(3, index).flatten(0, 1),
-        key.unflatten(1, (sets, -1)).flatten(0, 1),
-        modality.repeat_interleave(sets, dim=0),
-        query_modality=kinds.flatten(0, 1),
-        n=config.n,
+        asked,
+        key,
+        modality,
+        query_modality=kinds,
         scale=scale,
-        heads="shared",
         causal=False,
+        **resolved.score_options(),
     )
-    candidate = (modality >= 0) & (modality.ge(0).flip(1).cumsum(1).flip(1) > recent)
-    first_self, first_cross = (_shares(score, candidate) for score in scores)
-    next_self, next_cross = (_shares(score.view(rows, sets, -1), candidate) for score in second)
-    return first_self + config.hop_weight * next_self, first_cross + config.hop_weight * next_cross
+    share = _shares(second[0] + second[1], candidate)
+    return first[0] + share, first[1] + share
 
 
 def _shares(score: Tensor, candidate: Tensor) -> Tensor:

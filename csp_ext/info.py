@@ -21,7 +21,6 @@ PACKAGES = {
     "numpy": "",
     "transformers": "csp_ext.apply, csp demo, csp generate",
     "pillow": "csp demo, csp generate",
-    "scikit-image": "csp demo",
     "matplotlib": "the pictures of csp demo and csp generate",
     "flash-attn": "nothing yet, flash_attention_2 is not supported",
 }

@@ -77,9 +77,12 @@ def select_tokens(
         causal=causal,
         **resolved.score_options(),
     )
-    if resolved.config.hop_tokens:
+    if resolved.config.cross_ratio is None and resolved.config.combine == "calibrated":
+        scores = (scores[0] + scores[1],) * 2
+        # Whatever its modality, a key may stand in both lists.
+        query_modality, causal = modality, False
+    if resolved.hop:
         scores = add_second_hop(scores, query, key, modality, query_modality, resolved, scale, causal)
-        # The hop's queries are of every modality and look both ways.
         query_modality, causal = modality, False
     indices, lengths = impl.select(
         *scores, modality, query_modality, causal=causal, **resolved.select_options()

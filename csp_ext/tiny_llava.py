@@ -1,4 +1,4 @@
-"""A LLaVA with random weights and its processor, built offline: small enough for tests, demos and docs.
+"""A LLaVA with random weights and its processor, built offline: small enough for tests.
 
 The architecture is the real one (CLIP tower, projector, Llama decoder), so everything that works here works
 on a downloaded checkpoint; only the answers mean nothing. Nothing is downloaded, torchvision is not needed.

@@ -30,10 +30,11 @@ def pool_row(values, modality, kind, kernel):
     if kind == "none":
         return list(values)
     out = []
+    after = 0 if kind == "past" else kernel // 2
     for j in range(len(values)):
-        near = range(max(0, j - kernel // 2), min(len(values), j + kernel // 2 + 1))
+        near = range(max(0, j - kernel // 2), min(len(values), j + after + 1))
         window = [values[i] for i in near if len(set(modality[min(i, j) : max(i, j) + 1])) == 1]
-        out.append(max(window) if kind == "max" else sum(window) / len(window))
+        out.append(sum(window) / len(window) if kind == "avg" else max(window))
     return out
 
 

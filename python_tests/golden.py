@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from csp_ext.methods import Layer
+
 GOLDEN = Path(
     os.environ.get("CSP_GOLDEN") or Path(__file__).resolve().parents[1].parent / "shared" / "golden"
 )
@@ -56,6 +58,15 @@ class Case:
     @property
     def key(self) -> Tensor:
         return self.tensors["k"].float()
+
+    @property
+    def value(self) -> Tensor:
+        return self.tensors["v"].float()
+
+    @property
+    def layer(self) -> Layer:
+        """The case as a method sees it: the only layer, all of its queries."""
+        return Layer(self.query, self.key, self.value, self.modality, 0, 1, None, True)
 
     @property
     def modality(self) -> Tensor:

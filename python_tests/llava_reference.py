@@ -27,7 +27,7 @@ class RowResult:
 
 
 def question_window(modality: list[int]) -> list[int]:
-    """Positions of the default window: the text after the last image, at most 64; 8 after an image."""
+    """Positions of the "question" window: the text after the last image, at most 64; 8 after an image."""
     length = len(modality)
     images = [j for j, kind in enumerate(modality) if kind > 0]
     start = images[-1] + 1 if images else 0
@@ -65,11 +65,52 @@ def kept_positions(
         scale=scale,
         heads=config.heads,
     )
-    indices, _ = reference.select(*scores, kinds, observing, **sizes.select_options())
+    options = sizes.select_options()
+    divided = config.combine == "calibrated" and config.cross_ratio is None
+    if divided:
+        scores = (scores[0] + scores[1],) * 2
+    if divided or sizes.hop:
+        # Both lists are open to every key.
+        observing, options["causal"] = kinds, False
+    if sizes.hop:
+        asked = hop_positions(
+            scores, kinds, observing if divided else kinds[:, positions[0] :], sizes, divided
+        )
+        hop = reference.score(
+            query[None, :, asked],
+            key[None],
+            kinds,
+            query_modality=kinds[:, asked],
+            n=config.n,
+            scale=scale,
+            heads=config.heads,
+            causal=False,
+        )
+        extra = of_candidates(hop[0] + hop[1], sizes.recent)
+        scores = tuple(of_candidates(score, sizes.recent) + extra for score in scores)
+    indices, _ = reference.select(*scores, kinds, observing, **options)
     kept[:] = False
     for head, chosen in enumerate(indices[0]):
         kept[head, chosen[chosen >= 0].long()] = True
     return kept
+
+
+def of_candidates(score: Tensor, recent: int) -> Tensor:
+    """Divide [1, Hs, L] by its sum over all but the `recent` last; those get 0."""
+    candidates = score.clone()
+    candidates[..., score.shape[-1] - recent :] = 0
+    return candidates / candidates.sum(-1, keepdim=True).clamp_min(1e-300)
+
+
+def hop_positions(
+    scores: tuple[Tensor, Tensor], kinds: Tensor, observing: Tensor, sizes: Any, divided: bool
+) -> list[int]:
+    """Positions of the tokens that are asked in turn: the best of all heads together."""
+    means = [of_candidates(score, sizes.recent).mean(1, keepdim=True) for score in scores]
+    options = sizes.select_options() | {"budget": sizes.hop + sizes.recent, "k_self": None, "k_cross": None}
+    chosen, _ = reference.select(*means, kinds, observing, causal=not divided, **options)
+    real = chosen[0, 0][chosen[0, 0] >= 0].tolist()
+    return real[: len(real) - sizes.recent] if sizes.recent else real
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ def test_info_needs_the_base_dependencies_only() -> None:
     code = (
         "import sys, importlib.metadata as m\n"
         "real = m.version\n"
-        "optional = ('transformers', 'matplotlib', 'scikit-image', 'pillow')\n"
-        "for name in ('transformers', 'matplotlib', 'skimage', 'PIL'): sys.modules[name] = None\n"
+        "optional = ('transformers', 'matplotlib', 'pillow')\n"
+        "for name in ('transformers', 'matplotlib', 'PIL'): sys.modules[name] = None\n"
         "def version(name):\n"
         "    if name in optional: raise m.PackageNotFoundError(name)\n"
         "    return real(name)\n"
@@ -89,7 +89,7 @@ def test_info_needs_the_base_dependencies_only() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for line in ("transformers", "matplotlib", "scikit-image", "pillow"):
+    for line in ("transformers", "matplotlib", "pillow"):
         assert any(row.startswith(line) and "not installed" in row for row in done.stdout.splitlines())
 
 
@@ -113,10 +113,8 @@ def test_parse_budget(text: str, budget: float) -> None:
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-pytest.importorskip("skimage")
 from PIL import Image  # noqa: E402
 
-from csp_ext.demo import photographs  # noqa: E402
 from csp_ext.demo.checkpoint import device_of  # noqa: E402
 from csp_ext.dispatch import missing_kernels  # noqa: E402
 from csp_ext.tiny_llava import save_tiny_llava  # noqa: E402
@@ -145,10 +143,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("photographs")
-    images = photographs.bundled()[:2]
-    for image in images:
-        image.image.save(folder / f"{image.name}.png")
-    return [folder / f"{image.name}.png" for image in images]
+    paths = [folder / "one.png", folder / "two.png"]
+    for path, width in zip(paths, (300, 200), strict=True):
+        Image.effect_mandelbrot((width, 240), (-3, -2.5, 2, 2.5), 100).save(path)
+    return paths
 
 
 def check_runs(facts: dict[str, Any], budgets: list[float]) -> None:
@@ -173,32 +171,45 @@ def check_runs(facts: dict[str, Any], budgets: list[float]) -> None:
 def test_demo_as_it_is(csp: Csp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "DEMO_REPEATS", 1)
     out = tmp_path / "demo.png"
-    result = csp("demo", "--out", out, "--new-tokens", 4, "--json")
+    result = csp("demo", "--out", out, "--json")
     assert result.exit_code == 0
     assert result.stderr == ""
     facts = json.loads(result.stdout)
-    check_runs(facts, [0.2, 0.5])
-    assert facts["prompt"]["image"] == 4 * 24 * 24
-    assert facts["prompt"]["images"] == ["astronaut", "cat", "coffee", "rocket"]
-    assert facts["random_weights"]
-    assert any("random" in note for note in facts["notes"])
+    assert facts["model"]["parameters"] == 784_256
+    assert [question["task"] for question in facts["questions"]] == ["photo_code", "link_photo"]
+    for question in facts["questions"]:
+        full, *pruned = question["runs"]
+        labels = [(run["method"], run["budget"]) for run in pruned]
+        assert labels == [(method, f"{b} %") for b in (20, 10) for method in ("csp", "snapkv")]
+        for method in ("csp", "snapkv"):
+            runs = [full, *(run for run in pruned if run["method"] == method)]
+            check_runs({"prompt": question["prompt"], "runs": runs}, [0.2, 0.1])
+        assert question["prompt"]["image"] == 12 * 16
+        assert len(set(question["prompt"]["images"])) == 12
+        assert all(run["right"] == (run["answer"] == question["answer"]) for run in question["runs"])
+        # What the demo is there to show, at its first budget and default seed.
+        assert [run["right"] for run in question["runs"][:3]] == [True, True, False]
+    assert any("One sample proves nothing" in note for note in facts["notes"])
     assert facts["picture"] == str(out)
     with Image.open(out) as image:
         assert image.format == "PNG"
-        # A column for the original and one per layer, a row per photograph.
-        assert image.width > image.height > 900
-        assert len(image.convert("RGB").getcolors(1 << 24)) > 10_000
+        assert image.width == 1276
+        assert 1000 < image.height < 1300
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 5_000
 
 
 def test_demo_for_people(csp: Csp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "DEMO_SIZE", {"image_size": EDGE})
+    monkeypatch.setattr(cli, "DEMO_REPEATS", 1)
     monkeypatch.chdir(tmp_path)
-    result = csp("demo", "--budget", "0.3", "--budget", "64", "--new-tokens", 3, "--seed", 5)
-    assert result.exit_code == 0
+    result = csp("demo", "--budget", "0.5", "--budget", "12", "--task", "code", "--seed", 5)
+    assert result.exit_code == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
-    assert [row[0] for row in rows if row and "ms" in row] == ["full", "30", "64"]
-    assert "256/256" in result.stdout
-    assert "noise" in result.stdout
+    rows = [row for row in rows if row and "ms" in row]
+    assert [row[0] for row in rows] == ["full", "csp", "snapkv", "csp", "snapkv"]
+    assert [" ".join(row[1:4]) for row in rows[1:4]] == ["50 % 172/345", "50 % 172/345", "12 tok 12/345"]
+    assert rows[0][-1] == rows[1][-1] == "right"
+    assert "right answer  code " in result.stdout
+    assert "docs/quality.md" in result.stdout
     assert (tmp_path / "demo.png").stat().st_size > 20_000
 
 
@@ -297,18 +308,24 @@ def test_a_bad_budget(csp: Csp, budget: str) -> None:
 def test_demo_keeps_the_old_picture_when_it_fails(
     csp: Csp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from csp_ext.demo import picture
+    from csp_ext.demo import evidence_picture
 
     def fail(*_: object) -> None:
         raise cli.UserError("no\nink")
 
-    monkeypatch.setattr(cli, "DEMO_SIZE", {"image_size": EDGE})
-    monkeypatch.setattr(picture, "_headline", fail)
+    monkeypatch.setattr(evidence_picture, "_headline", fail)
     out = tmp_path / "demo.png"
     out.write_text("old")
-    assert one_line(csp("demo", "--out", out, "--new-tokens", 2, "--json")) == "csp: no ink"
+    assert one_line(csp("demo", "--out", out, "--task", "code", "--json")) == "csp: no ink"
     assert out.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]
+
+
+def test_an_unknown_task(csp: Csp, tmp_path: Path) -> None:
+    line = one_line(csp("demo", "--out", tmp_path / "demo.png", "--task", "riddle"))
+    assert "task must be one of code, photo" in line
+    assert "'riddle'" in line
+    assert csp("demo", "--seed", -1).exit_code == 2
 
 
 def test_a_picture_that_cannot_be_written(csp: Csp, tmp_path: Path) -> None:

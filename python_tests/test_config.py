@@ -37,7 +37,7 @@ PRESETS = [
 ]
 
 
-def test_the_default_is_the_design():
+def test_the_default_is_what_measured_best():
     config = CSPConfig()
     chosen = (
         config.heads,
@@ -46,9 +46,11 @@ def test_the_default_is_the_design():
         config.pool_kernel,
         config.cross_ratio,
         config.recent,
+        config.window,
+        config.hop,
     )
-    assert chosen == ("kv", "calibrated", "max", 7, 0.5, 8)
-    assert (config.window, config.n, config.decode_n, config.text_only) == ("question", 1.0, 0.0, "prune")
+    assert chosen == ("kv", "calibrated", "past", 7, None, 8, 8, 0.45)
+    assert (config.n, config.decode_n, config.text_only, config.delay) == (1.0, 0.0, "prune", 0)
 
 
 @pytest.mark.parametrize("config", PRESETS)
@@ -86,6 +88,9 @@ def test_a_config_is_frozen():
         ({"cross_ratio": 1.01}, ValueError, r"cross_ratio must lie in \[0, 1\], got 1.01"),
         ({"cross_ratio": math.nan}, ValueError, "cross_ratio .* got nan"),
         ({"cross_ratio": "0.5"}, TypeError, "cross_ratio must be a number, got str '0.5'"),
+        ({"hop": 1.5}, ValueError, r"hop must lie in \[0, 1\], got 1.5"),
+        ({"hop": -1}, ValueError, "hop must be finite and at least 0, got -1"),
+        ({"delay": -1}, ValueError, "delay must be at least 0, got -1"),
         ({"n": -1.0}, ValueError, "n must be finite and at least 0, got -1.0"),
         ({"n": math.inf}, ValueError, "n must be finite"),
         ({"decode_n": math.nan}, ValueError, "decode_n .* got nan"),
@@ -195,7 +200,7 @@ def test_the_question_window(seed, length):
     runs = torch.randint(1, 80, (length,), generator=generator)
     kinds = torch.randint(-1, 3, (length,), generator=generator)
     row = torch.repeat_interleave(kinds, runs)[:length].to(torch.int8)
-    config = CSPConfig()
+    config = CSPConfig(window="question")
     span = window_span(row[None], config)
     got = window_modality(row[None], config, span=span)[0]
     want = question_window(row.tolist())
@@ -266,7 +271,7 @@ def test_a_padded_row_equals_the_row_alone(impl, config, holes):
 
 def test_the_last_queries_are_enough(impl):
     query, key, modality = random_prompt([[T] * 5 + [I] * 20 + [T] * 10])
-    config = CSPConfig(budget=14)
+    config = CSPConfig(budget=14, window="question", hop=0)
     want = select_tokens(query, key, modality, config)
     got = select_tokens(query[:, :, -12:], key, modality, config)
     given_window = select_tokens(

@@ -1,4 +1,4 @@
-"""The parts of the demo: photographs, prompts, measured runs, patches and the picture."""
+"""The parts of the demo and of generate: photographs, prompts, measured runs, patches and the pictures."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-pytest.importorskip("skimage")
 from PIL import Image
 
 from csp_ext.config import CSPConfig
 from csp_ext.demo import photographs, picture, prompts
 from csp_ext.demo.console import UserError, check_target, replacing, require
-from csp_ext.demo.report import numbers, same_start, size, table
+from csp_ext.demo.report import numbers, same_start, settings, size, table
 from csp_ext.demo.run import LayerKept, Run, compare, head_share
 from csp_ext.integration import apply
+from csp_ext.methods import CSP, SnapKV
 from csp_ext.tiny_llava import IMAGE_TOKEN_ID, build_tiny_llava, build_tiny_processor
 
 SIDE = 4  # patches along an image's edge
@@ -41,33 +41,29 @@ def processor() -> Any:
 
 @pytest.fixture(scope="module")
 def images() -> list[photographs.Photograph]:
-    return photographs.bundled()
+    """Two smooth pictures, one of them wide, one high."""
+    result = []
+    for name, (width, height) in {"wide": (400, 300), "high": (320, 380)}.items():
+        y, x = np.mgrid[0:height, 0:width] / min(width, height)
+        pixels = np.stack([x % 1, y % 1, (1 + np.sin(5 * x + 3 * y)) / 2], -1)
+        result.append(photographs.Photograph(name, Image.fromarray((255 * pixels).astype(np.uint8))))
+    return result
 
 
 @pytest.fixture(scope="module")
 def prompt(model: Any, processor: Any, images: list[photographs.Photograph]) -> prompts.Prompt:
-    return prompts.assemble(processor, model, prompts.demo_messages(images), images)
+    text = "Look. The first: <image> and the second: <image> How many people are there, and what do they do?"
+    return prompts.assemble(processor, model, text, images)
 
 
 @pytest.fixture(scope="module")
 def runs(model: Any, prompt: prompts.Prompt) -> list[Run]:
-    result = [Run("full"), *(Run(str(budget), CSPConfig(budget=budget)) for budget in (1.0, 0.5, 30))]
+    result = [Run("full"), *(Run(str(budget), CSP(CSPConfig(budget=budget))) for budget in (1.0, 0.5, 30))]
     assert compare(model, prompt, result, 6, repeats=2) == []
     return result
 
 
 # ---- photographs ----
-
-
-def test_the_bundled_photographs_are_real_pictures(images: list[photographs.Photograph]) -> None:
-    assert [image.name for image in images] == ["astronaut", "cat", "coffee", "rocket"]
-    for photograph in images:
-        pixels = np.asarray(photograph.image)
-        assert photograph.image.mode == "RGB"
-        assert min(photograph.image.size) >= 300
-        assert pixels.std() > 30
-        # Colour, so not a grey image in disguise.
-        assert np.abs(pixels[..., 0].astype(int) - pixels[..., 2]).mean() > 10
 
 
 def test_read_turns_a_photograph_upright(tmp_path: Path) -> None:
@@ -95,13 +91,13 @@ def test_read_explains_what_is_no_picture(tmp_path: Path, kind: str) -> None:
 # ---- prompts ----
 
 
-def test_the_demo_prompt_mixes_text_and_images(prompt: prompts.Prompt) -> None:
+def test_a_prompt_mixes_text_and_images(prompt: prompts.Prompt) -> None:
     ids = prompt.inputs["input_ids"][0]
     assert torch.equal(prompt.modality == 1, ids == IMAGE_TOKEN_ID)
-    assert prompt.image_tokens == 4 * SIDE**2
+    assert prompt.image_tokens == 2 * SIDE**2
     assert prompt.text_tokens + prompt.image_tokens == prompt.length == ids.numel()
     borders = (prompt.modality[1:] != prompt.modality[:-1]).sum()
-    assert borders == 8  # every image has text before and after it
+    assert borders == 4  # every image has text before and after it
 
 
 def test_a_question_comes_after_its_images(processor: Any) -> None:
@@ -208,7 +204,7 @@ def test_a_model_that_cannot_be_pruned_says_why(
 ) -> None:
     monkeypatch.setattr(model.config.get_text_config(), "cross_attention_layers", [1], raising=False)
     with pytest.raises(UserError, match="cross-attention layers"):
-        compare(model, prompt, [Run("20 %", CSPConfig())], 2)
+        compare(model, prompt, [Run("20 %", CSP(CSPConfig()))], 2)
 
 
 def test_head_share_ignores_free_slots() -> None:
@@ -229,17 +225,23 @@ def test_numbers_say_what_the_runs_say(runs: list[Run], prompt: prompts.Prompt) 
     assert "equals_full" not in numbers(runs[3], prompt, None)
 
 
+def test_settings_are_plain_and_complete() -> None:
+    assert settings(None) is None
+    assert settings(CSP(CSPConfig(budget=7))) == CSPConfig(budget=7).to_dict()
+    assert json.loads(json.dumps(settings(SnapKV(budget=0.3))))["budget"] == 0.3
+
+
 def test_the_table_fits_a_terminal(runs: list[Run], prompt: prompts.Prompt) -> None:
     from rich.console import Console
 
     file = io.StringIO()
     # As long as a prompt of four LLaVA-1.5 images.
-    longer = replace(prompt, modality=prompt.modality.repeat(36))
+    longer = replace(prompt, modality=prompt.modality.repeat(72))
     Console(width=80, file=file).print(table([runs[0], Run("1000 tok", token_s=[0.1234])], longer, runs[0]))
     text = file.getvalue()
     assert "…" not in text
     assert f"{longer.image_tokens}/{longer.image_tokens}" in text
-    assert "4 images, " in text
+    assert "2 images, " in text
 
 
 def test_same_start_and_size() -> None:
@@ -293,11 +295,11 @@ def test_pictures_are_refused_where_tokens_are_no_squares(prompt: prompts.Prompt
 
 def test_patch_shares_lie_where_their_tokens_are(prompt: prompts.Prompt) -> None:
     share = torch.zeros(prompt.length)
-    image, row, column = 2, 3, 1
+    image, row, column = 1, 3, 1
     position = torch.nonzero(prompt.modality == 1)[image * SIDE**2 + row * SIDE + column]
     share[position] = 0.5
     shares = picture.patch_shares(LayerKept(0, share), prompt, SIDE)
-    assert shares.shape == (4, SIDE, SIDE)
+    assert shares.shape == (2, SIDE, SIDE)
     assert shares[image, row, column] == 0.5
     assert shares.sum() == 0.5
 
@@ -328,8 +330,8 @@ def test_draw_writes_the_picture(
             assert image.format == "PNG"
             sizes.append(image.size)
             pixels = np.asarray(image.convert("RGB")).astype(int)
-        # Four rows and three columns of tiles; the first column is the photograph itself.
-        assert min(sizes[-1]) > 600
+        # Two rows and three columns of tiles; the first column is the photograph itself.
+        assert min(sizes[-1]) > 500
         left, right = pixels[:, : sizes[-1][0] // 3], pixels[:, sizes[-1][0] // 2 :]
         assert left.std() > 30
         dark = ((right.max(-1) < 60) | (np.ptp(right, axis=-1) < 12) & (right.max(-1) < 110)).mean()

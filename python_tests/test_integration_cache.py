@@ -117,9 +117,11 @@ def test_the_stock_model_refuses_where_they_do_not(model: Any) -> None:
 
 def test_an_unpruned_turn_may_be_pruned_with_the_next(model: Any) -> None:
     """A short system prompt is kept whole; the prompt that goes over the budget is pruned, from its start."""
+    # The queries of the earlier turn are gone, so its tokens cannot be asked in a hop.
+    config = CONFIG.replace(hop=0)
     prefix, row = make_row("9", 5), make_row("9i2i14", 5)
     assert row[:9] == prefix
-    with apply(model, CONFIG):
+    with apply(model, config):
         start = model(input_ids=torch.tensor([prefix]))
         assert start.past_key_values.layers[0].slots == 0
         output = model.generate(
@@ -130,13 +132,15 @@ def test_an_unpruned_turn_may_be_pruned_with_the_next(model: Any) -> None:
             **GREEDY,
         )
     assert output.past_key_values.layers[0].keys.shape[-2] == BUDGET + 1 + 4
-    assert_batch_equals_rows(model, output, [row], CONFIG, BUDGET)
+    assert_batch_equals_rows(model, output, [row], config, BUDGET)
 
 
 def test_a_cache_begun_without_csp(model: Any) -> None:
+    # The queries of the earlier turn are gone, so its tokens cannot be asked in a hop.
+    config = CONFIG.replace(hop=0)
     prefix, row = make_row("9", 5), make_row("9i2i14", 5)
     cache = model(input_ids=torch.tensor([prefix])).past_key_values
-    with apply(model, CONFIG):
+    with apply(model, config):
         output = model.generate(
             input_ids=torch.tensor([row]),
             pixel_values=make_pixels([row], torch.float64),
@@ -144,7 +148,7 @@ def test_a_cache_begun_without_csp(model: Any) -> None:
             max_new_tokens=5,
             **GREEDY,
         )
-    assert_batch_equals_rows(model, output, [row], CONFIG, BUDGET)
+    assert_batch_equals_rows(model, output, [row], config, BUDGET)
 
 
 def test_only_the_new_words_of_a_turn(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -234,3 +235,53 @@ def test_memory_is_what_the_budget_says(mha32: Any) -> None:
         assert stats.bytes_after == 2 * 2 * 4 * (BUDGET + 1) * 16 * 4
         assert stats.bytes_before == 2 * 2 * 4 * max(map(len, ROWS[:2])) * 16 * 4
     assert output.past_key_values.get_seq_length() == max(map(len, ROWS[:2])) + steps - 1
+
+
+@pytest.mark.parametrize("delay", [1, 3])
+def test_a_delayed_prune_is_one_of_the_longer_prompt(gqa64: Any, delay: int) -> None:
+    """Tokens generated before the prune count as prompt: the window is longer by them, and they stay."""
+    rows, steps = [make_row("9i2i14", 5), make_row("4i9", 6)], 7
+    config = CSPConfig(budget=BUDGET, decode_n=1.0)
+    with apply(gqa64, config, delay=delay) as handle:
+        output = generate_batch(gqa64, rows, steps)
+        assert all(bool((layer.lengths == BUDGET + delay).all()) for layer in handle.stats.layers)
+    same = config.replace(window=8 + delay, recent=8 + delay)
+    images = split_pixels(rows, make_pixels(rows, gqa64.dtype))
+    logits = torch.stack(output.logits, dim=1)
+    for index, row in enumerate(rows):
+        generated = output.sequences[index, -steps:].tolist()
+        longer = row + generated[:delay]
+        want = generate_row(
+            gqa64, longer, images[index], same, BUDGET + delay, steps - delay, generated[delay:]
+        )
+        assert_logits_close(logits[index, delay:], want.logits, gqa64.dtype)
+
+
+def test_an_answer_shorter_than_the_delay_is_not_pruned(gqa64: Any) -> None:
+    rows = [make_row("9i2i14", 5)]
+    plain = generate_batch(gqa64, rows, 3)
+    with warnings.catch_warnings(), apply(gqa64, CSPConfig(budget=BUDGET, delay=8)) as handle:
+        warnings.simplefilter("error")
+        output = generate_batch(gqa64, rows, 3)
+        assert not handle.stats.layers
+    assert_untouched(output.logits, plain.logits)
+
+
+def test_a_delay_follows_the_beams(gqa64: Any) -> None:
+    """Beams are reordered while the queries of the prompt wait: each has the score of its own tokens."""
+    row, steps, delay = make_row("9i14", 5), 6, 2
+    config = CSPConfig(budget=BUDGET)
+    images = make_pixels([row], gqa64.dtype)
+    with apply(gqa64, config, delay=delay):
+        output = generate_batch(gqa64, [row], steps, num_beams=3, num_return_sequences=3, output_scores=True)
+    same = config.replace(window=8 + delay, recent=8 + delay)
+    for index, sequence in enumerate(output.sequences[:, -steps:].tolist()):
+        longer = row + sequence[:delay]
+        want = generate_row(
+            gqa64, longer, images, same, BUDGET + delay, steps - delay, sequence[delay:]
+        ).logits.log_softmax(-1)
+        got = generate_row(gqa64, row, images, None, 0, delay, sequence[:delay]).logits.log_softmax(-1)
+        total = sum(float(got[t, sequence[t]]) for t in range(delay))
+        total += sum(float(want[t, sequence[t + delay]]) for t in range(steps - delay))
+        # generate() adds up in float32.
+        assert float(output.sequences_scores[index]) * steps == pytest.approx(total, rel=1e-5)

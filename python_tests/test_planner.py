@@ -103,7 +103,7 @@ CASES = {"score": score_case, "select": select_case, "compact": compact_case, "d
 @given(
     dtype=dtypes, batch=st.integers(1, 3), kv_heads=st.integers(1, 20), group=st.integers(1, 3),
     window=st.integers(1, 20), keys=st.integers(20, 700), dim=st.integers(1, 20), budget=st.integers(1, 30),
-    shared=st.booleans(), pool=st.sampled_from(["none", "max"]),
+    shared=st.booleans(), pool=st.sampled_from(["none", "max", "past"]),
 )  # fmt: skip
 def test_the_plan_is_what_happens(op, **sizes):
     shape, inputs, call = CASES[op](**sizes)
@@ -323,7 +323,7 @@ def test_the_properties_of_this_gpu():
         ("compact", {"budget": 2**31 - 1, "head_dim": 2**31 - 1}, ValueError, "multiply to more than"),
         ("score", {"num_heads": 5}, ValueError, "num_heads must be a multiple of num_kv_heads = 2, got 5"),
         ("score", {"heads": "all"}, ValueError, "heads must be one of kv, shared, got all"),
-        ("select", {"pool": "sum"}, ValueError, "pool must be one of none, max, avg, got sum"),
+        ("select", {"pool": "sum"}, ValueError, "pool must be one of none, max, past, avg, got sum"),
     ],
 )
 def test_bad_input(op, changes, error, match):

@@ -65,7 +65,7 @@ def options(draw: st.DrawFn) -> dict[str, object]:
         "causal": draw(st.booleans()),
         "cross_ratio": draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
         "combine": draw(st.sampled_from(["intersection", "union", "calibrated"])),
-        "pool": draw(st.sampled_from(["none", "max", "avg"])),
+        "pool": draw(st.sampled_from(["none", "max", "past", "avg"])),
         "pool_kernel": draw(st.sampled_from([1, 3, 7])),
     }
     if chosen["combine"] != "calibrated" and draw(st.booleans()):

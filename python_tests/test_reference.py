@@ -48,7 +48,7 @@ def selections(draw, exact_scores=True):
         "recent": draw(st.integers(0, budget)),
         "cross_ratio": draw(st.sampled_from([0.0, 0.0004, 0.1, 0.333, 0.5, 0.9, 1.0])),
         "combine": draw(st.sampled_from(["intersection", "union", "calibrated"])),
-        "pool": draw(st.sampled_from(["none", "max", "avg"])),
+        "pool": draw(st.sampled_from(["none", "max", "past", "avg"])),
         "pool_kernel": draw(st.sampled_from([1, 3, 7])),
         "causal": draw(st.booleans()),
     }

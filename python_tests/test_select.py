@@ -14,7 +14,7 @@ from csp_ext import reference
 
 NAN, INF = float("nan"), float("inf")
 COMBINE = ["intersection", "union", "calibrated"]
-POOL = ["none", "max", "avg"]
+POOL = ["none", "max", "past", "avg"]
 
 
 def random_modality(batch, length, generator, kinds, run, padding):
@@ -119,8 +119,8 @@ def test_anything_in_the_scores_is_survived(device, combine, pool):
     assert torch.equal(first[0], again[0])
 
 
-@pytest.mark.parametrize("combine", ["intersection", "union", "calibrated"])
-@pytest.mark.parametrize("pool", ["none", "max", "avg"])
+@pytest.mark.parametrize("combine", COMBINE)
+@pytest.mark.parametrize("pool", POOL)
 def test_the_twin_agrees_about_nan_and_infinity(device, combine, pool):
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
@@ -145,6 +145,26 @@ def test_nan_is_kept_last_and_infinity_first(device):
             for budget, want in ((1, [0]), (2, [0, 7]), (6, [0, 1, 2, 3, 4, 7]), (7, [0, 1, 2, 3, 4, 6, 7])):
                 indices, _ = csp_ext.select(self, self, modality, modality[:, -1:], budget=budget, **options)
                 assert indices.flatten().tolist() == want, (combine, ratio, budget)
+
+
+@pytest.mark.parametrize(
+    ("pool", "observer", "budget", "want"),
+    [
+        ("past", 0, 3, [1, 3, 4]),
+        ("past", 0, 4, [1, 2, 3, 4]),
+        ("past", 1, 2, [7, 8]),
+        ("max", 0, 3, [2, 3, 4]),
+    ],
+)
+def test_past_raises_what_follows_inside_a_run(device, pool, observer, budget, want):
+    # with the two before: 1 6 6 6 9 of text and, after padding, 1 8 8 of an image
+    self = torch.tensor([[[1, 6, NAN, 0, 9, NAN, 1, 8, 0]]], device=device)
+    modality = torch.tensor([[0, 0, 0, 0, 0, -1, 1, 1, 1]], dtype=torch.int8, device=device)
+    observers = torch.tensor([[observer]], dtype=torch.int8, device=device)
+    options = {"recent": 0, "cross_ratio": 0, "causal": False, "pool_kernel": 5, "pool": pool}
+    cross = torch.zeros_like(self)
+    indices, _ = csp_ext.select(self, cross, modality, observers, budget=budget, **options)
+    assert indices.flatten().tolist() == want
 
 
 @pytest.mark.parametrize("combine", COMBINE)
@@ -236,7 +256,7 @@ LONG = torch.zeros(1).expand(1, 1, HUGE)
         ((S, S, M, Q), {"cross_ratio": -0.1}, "cross_ratio must be between 0 and 1, got -0.1"),
         ((S, S, M, Q), {"cross_ratio": NAN}, "cross_ratio must be between 0 and 1, got nan"),
         ((S, S, M, Q), {"combine": "and"}, 'combine must be .*got "and"'),
-        ((S, S, M, Q), {"pool": "sum"}, 'pool must be .*got "sum"'),
+        ((S, S, M, Q), {"pool": "sum"}, 'pool must be "none", "max", "past" or "avg", got "sum"'),
         ((S, S, M, Q), {"pool_kernel": 4}, "pool_kernel must be odd and at least 1, got 4"),
         ((S, S, M, Q), {"pool_kernel": -1}, "pool_kernel must be odd and at least 1, got -1"),
         ((S, S, M, Q), {"k_self": 1}, "k_self and k_cross go together, got only k_self = 1"),

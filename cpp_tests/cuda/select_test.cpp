@@ -118,7 +118,7 @@ void draw_options(std::mt19937& generator, SelectParams& p) {
   p.budget = static_cast<int64_t>(generator() % static_cast<uint32_t>(p.keys * 5 / 4 + 2));
   p.recent = std::min<int64_t>(p.budget, generator() % 3 == 0 ? p.budget : generator() % 9);
   p.combine = static_cast<Combine>(generator() % 3);
-  p.pool = static_cast<Pool>(generator() % 3);
+  p.pool = static_cast<Pool>(generator() % 4);
   p.pool_kernel = 1 + 2 * (generator() % 7);
   p.rho_thousandths = kRhos[generator() % 5];
   p.causal = generator() % 3 != 0;
@@ -184,9 +184,32 @@ TEST(SelectCudaScores, CrowdsAreDispersed) {
       problem.params.combine = combine;
       problem.params.budget = 130;
       problem.params.recent = 4;
-      problem.params.pool = static_cast<Pool>(kind % 3);
+      problem.params.pool = static_cast<Pool>((kind + 1) % 4);
       problem.check();
       if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// Near windows that lie inside one run and wide ones: what follows the peak is kept, and what follows a NaN.
+TEST(SelectCudaScores, PastTakesTheCandidatesBefore) {
+  for (const SelectLimits& limits : {kBlocks, kSorts}) {
+    for (const int32_t half : {0, 1, 3, 4, 5, 11}) {
+      for (const int32_t peak : {0, 17, 18, 19, 20, 50}) {
+        Problem problem(DType::kFloat32, 1, 1, 64, 1);
+        problem.modality.assign(64, 0);
+        problem.self.set(static_cast<size_t>(peak), 5);
+        if (half > 1) problem.self.set(static_cast<size_t>(peak) + 1, NAN);
+        problem.limits = limits;
+        SelectParams& p = problem.params;
+        p.rho_thousandths = 0;
+        p.pool = Pool::kPast;
+        p.pool_kernel = 2 * half + 1;
+        p.budget = half + 1;
+        problem.check();
+        for (int32_t i = 0; i <= half; ++i) EXPECT_EQ(problem.indices[static_cast<size_t>(i)], peak + i);
+        if (HasFatalFailure()) return;
+      }
     }
   }
 }

@@ -1,8 +1,7 @@
-"""Photographs: those that come inside scikit-image's wheel, and the user's own files."""
+"""The images of a prompt, and how they are read from files."""
 
 from __future__ import annotations
 
-import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,14 +10,6 @@ from csp_ext.demo.console import UserError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-# Files of the wheel itself: asking skimage.data for other pictures would download them.
-BUNDLED = {
-    "astronaut": "astronaut.png",
-    "cat": "chelsea.png",
-    "coffee": "coffee.png",
-    "rocket": "rocket.jpg",
-}
 
 
 @dataclass(frozen=True)
@@ -29,7 +20,7 @@ class Photograph:
     image: Image
 
 
-def read(path: Path, name: str | None = None) -> Photograph:
+def read(path: Path) -> Photograph:
     """Read an image file, upright and in RGB.
 
     Raises
@@ -48,10 +39,4 @@ def read(path: Path, name: str | None = None) -> Photograph:
         raise UserError(f"image {path} is not in a format that Pillow can read") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path} cannot be read: {first_line(error)}") from None
-    return Photograph(name or path.stem, image)
-
-
-def bundled() -> list[Photograph]:
-    """Return the demo's photographs, in a fixed order; nothing is downloaded."""
-    folder = Path(str(importlib.resources.files("skimage"))) / "data"
-    return [read(folder / file, name) for name, file in BUNDLED.items()]
+    return Photograph(path.stem, image)

@@ -51,16 +51,6 @@ class Prompt:
         return int((self.modality == 0).sum())
 
 
-def demo_messages(photographs: list[Photograph]) -> Messages:
-    """Return a chat in which text and images alternate and the question comes last."""
-    content: list[dict[str, Any]] = [{"type": "text", "text": "Look at these photographs. "}]
-    for number, photograph in enumerate(photographs, start=1):
-        content.append({"type": "text", "text": f"Number {number} shows the {photograph.name}: "})
-        content.append({"type": "image"})
-    content.append({"type": "text", "text": "How many people are there, and what do they do?"})
-    return [{"role": "user", "content": content}]
-
-
 def written(processor: Any, text: str, images: int) -> str | Messages:
     """Read the user's prompt.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich import box
 from rich.table import Table
@@ -15,6 +16,7 @@ from rich.text import Text
 from csp_ext.demo.console import stdout
 from csp_ext.demo.prompts import Prompt
 from csp_ext.demo.run import Run
+from csp_ext.methods import CSP, Method
 
 TEXT, IMAGE = 0, 1
 
@@ -33,12 +35,19 @@ def same_start(tokens: list[int], reference: list[int]) -> int:
     return count
 
 
+def settings(method: Method | None) -> dict[str, Any] | None:
+    """Return a method's settings in plain values: the CSPConfig of CSP; None for the full cache."""
+    if method is None:
+        return None
+    return method.config.to_dict() if isinstance(method, CSP) else dataclasses.asdict(cast(Any, method))
+
+
 def numbers(run: Run, prompt: Prompt, full: Run | None) -> dict[str, Any]:
     """Return one run as plain numbers, ready for JSON; times are medians."""
     kept = run.kept_total(prompt)
     result: dict[str, Any] = {
         "name": run.name,
-        "config": run.config.to_dict() if run.config is not None else None,
+        "config": settings(run.method),
         "kept": {
             "total": kept,
             "text": run.kept(prompt, TEXT),
@@ -155,8 +164,8 @@ def table(runs: list[Run], prompt: Prompt, full: Run | None) -> Table:
             f"{kept['image']:.0f}/{prompt.image_tokens}",
             f"{kept['share']:.1%}",
             size(run.cache_bytes),
-            _time(row["ms_to_first_token"]),
-            _time(row["ms_per_token"]),
+            time(row["ms_to_first_token"]),
+            time(row["ms_per_token"]),
         ]
         if full is not None:
             same = f"{row['same_start']}/{len(full.tokens)}"
@@ -165,7 +174,8 @@ def table(runs: list[Run], prompt: Prompt, full: Run | None) -> Table:
     return result
 
 
-def _time(milliseconds: float | None) -> str:
+def time(milliseconds: float | None) -> str:
+    """Return a duration as people read it; a dash where there is none."""
     if milliseconds is None:
         return "-"
     return f"{milliseconds:.1f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.2f} s"

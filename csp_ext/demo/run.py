@@ -16,6 +16,7 @@ from torch import Tensor
 
 from csp_ext.demo.console import UserError, first_line
 from csp_ext.demo.prompts import Prompt
+from csp_ext.methods import Method
 
 OnToken = Callable[[str], None]
 
@@ -47,8 +48,8 @@ class Run:
     Attributes
     ----------
     name : str
-        "full cache" or the budget.
-    config : CSPConfig or None
+        Unique among the runs of a prompt.
+    method : Method or None
         None for the full cache.
     tokens : list of int
         What was generated.
@@ -63,7 +64,7 @@ class Run:
     """
 
     name: str
-    config: Any = None
+    method: Method | None = None
     tokens: list[int] = field(default_factory=list)
     cache_bytes: int = 0
     layers: list[LayerKept] = field(default_factory=list)
@@ -139,7 +140,7 @@ def compare(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if warm_up:
-            _generate(model, prompt, Run("warm-up", runs[0].config), 2, lambda name: None)
+            _generate(model, prompt, Run("warm-up", runs[0].method), 2, lambda name: None)
         for _ in range(repeats):
             for run in runs:
                 _generate(model, prompt, run, new_tokens, tell)
@@ -167,7 +168,7 @@ def _generate(model: Any, prompt: Prompt, run: Run, new_tokens: int, tell: OnTok
         def end(self) -> None:
             pass
 
-    with _applied(model, run.config) as handle:
+    with _applied(model, run.method) as handle:
         begin = time.perf_counter()
         try:
             output = model.generate(
@@ -191,13 +192,13 @@ def _generate(model: Any, prompt: Prompt, run: Run, new_tokens: int, tell: OnTok
         ]
 
 
-def _applied(model: Any, config: Any) -> Any:
+def _applied(model: Any, method: Method | None) -> Any:
     """Return the handle of a pruned run as a context, or an empty context for the full cache."""
     from csp_ext.integration import apply
 
-    if config is None:
+    if method is None:
         return nullcontext()
     try:
-        return apply(model, config)
+        return apply(model, method=method)
     except (TypeError, ValueError) as error:
         raise UserError(first_line(error)) from error

@@ -88,11 +88,12 @@ def shown(budget: float | int) -> str:
 
 def arms_of(methods: Iterable[str], budgets: Iterable[float | int]) -> tuple[Arm, ...]:
     """Return every method at every budget, the full cache once."""
-    budgets = list(dict.fromkeys(budgets))
+    # 1 is one token and 1.0 the whole prompt, but they are equal.
+    several = {shown(budget): budget for budget in budgets}
     return tuple(
         Arm(method, method, budget)
         for method in dict.fromkeys(methods)
-        for budget in ([1.0] if method == FULL else budgets)
+        for budget in ([1.0] if method == FULL else several.values())
     )
 
 

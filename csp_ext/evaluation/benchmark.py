@@ -17,7 +17,7 @@ from csp_ext.evaluation.facts import run_facts
 from csp_ext.evaluation.items import Dataset, Problem
 from csp_ext.evaluation.milebench import read_datasets
 from csp_ext.evaluation.processes import Processes
-from csp_ext.evaluation.runner import Settings, keys, run
+from csp_ext.evaluation.runner import Settings, check, keys, run
 from csp_ext.evaluation.store import Store, check_folder
 from csp_ext.evaluation.suite import write_suite
 from csp_ext.evaluation.tasks import SUITE_LAYOUT, TASKS
@@ -114,6 +114,7 @@ def evaluate(request: Request, progress: Callable[[int, int], None]) -> Store:
         require("eval", "rouge")
     model, processor = _load(request, place)
     settings = _resolved(request, model)
+    check(model, processor, settings)
     described = {
         "model": "embedded" if request.model is None else str(request.model.resolve()),
         "data": "generated" if request.data is None else str(request.data.resolve()),
@@ -124,7 +125,8 @@ def evaluate(request: Request, progress: Callable[[int, int], None]) -> Store:
         "dtype": str(model.dtype).removeprefix("torch."),
         **asdict(settings),
     }
-    store = Store(request.out, described, run_facts(), resume=request.resume, processes=processes)
+    facts = run_facts() | {"processes": processes.count}
+    store = Store(request.out, described, facts, resume=request.resume, processes=processes)
     if processes.rank == 0:
         for seed, of_seed in problems.items():
             for problem in of_seed:

@@ -64,7 +64,7 @@ def draw(path: Path, results: Sequence[Row], title: str) -> None:
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=-2)
     axes.set_xlabel("tokens kept, % of what may be pruned (mean over layers and heads)")
-    axes.set_ylabel("score x 100, mean over data sets")
+    axes.set_ylabel("score x 100, mean over data sets (bars: standard error)")
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

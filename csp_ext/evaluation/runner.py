@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,64 +13,21 @@ from torch import Tensor
 
 import csp_ext
 from csp_ext.demo.console import UserError, first_line
-from csp_ext.evaluation.arms import ORACLE, Arm
+from csp_ext.evaluation.arms import FULL, ORACLE, Arm
 from csp_ext.evaluation.batches import batches
 from csp_ext.evaluation.checkpoint import NEW_TOKENS
 from csp_ext.evaluation.encoding import Encoder, Ready, annotation
 from csp_ext.evaluation.items import Dataset, Item, Problem
 from csp_ext.evaluation.metrics import METRICS
-from csp_ext.evaluation.prompts import TEMPLATES
+from csp_ext.evaluation.settings import PROTOCOLS, Settings
 from csp_ext.evaluation.store import Key, Store
 from csp_ext.evaluation.tasks import TASKS
 from csp_ext.integration.modality import modality_of_ids, placeholder_ids
 from csp_ext.integration.recording import Recording
 from csp_ext.integration.stats import PruneStats
 
-PROTOCOLS = ("aware", "agnostic")
 # Greedy in every respect, whatever the checkpoint's generation config says.
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to run an evaluation.
-
-    Attributes
-    ----------
-    protocol : {"aware", "agnostic"}
-        "aware": the whole prompt is pruned, so a method can look at the question; the first generated token
-        never depends on the arm. "agnostic": what stands before the question is pruned, shares of the budget
-        are of that part, and the question runs over the pruned cache.
-    seeds : tuple of int
-        Of the generated suite and of random choices.
-    batch_images : int
-        How many images a batch may hold.
-    max_new_tokens : int
-        Most tokens to generate; fewer where the answers are known to be short.
-    template : str
-        See :func:`csp_ext.evaluation.prompts.assemble`.
-    context_len : int or None
-        What instruction and context are cut to; None: never.
-    """
-
-    protocol: str = "aware"
-    seeds: tuple[int, ...] = (0,)
-    batch_images: int = 24
-    max_new_tokens: int = 512
-    template: str = "plain"
-    context_len: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
-        if self.template not in TEMPLATES:
-            raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {self.template!r}")
-        if not self.seeds:
-            raise ValueError("seeds must hold at least one seed, got none")
-        for name in ("batch_images", "max_new_tokens", "context_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 Datasets = Mapping[int, Sequence[Dataset]]
@@ -124,7 +81,7 @@ def run(
     labels = [arm.label for arm in arms]
     if not arms or len(set(labels)) < len(labels):
         raise ValueError(f"arms must have different labels, got {', '.join(labels) or 'none'}")
-    encoder = Encoder(model, processor, settings.template, settings.context_len)
+    encoder, handle = _start(model, processor, settings)
     work = [
         (seed, dataset, batch)
         for seed in settings.seeds
@@ -132,12 +89,8 @@ def run(
         for batch in batches(dataset, settings.batch_images)
     ][store.rank :: store.count]
     total, done = sum(len(batch) for _, _, batch in work) * len(arms), 0
-    progress(done, total)
-    try:
-        handle = csp_ext.apply(model, method="full")
-    except ValueError as error:
-        raise UserError(first_line(error)) from error
     with handle:
+        progress(done, total)
         for seed, dataset, batch in work:
             if not all(store.has(seed, item, labels) for item in batch):
                 rows = _Batch(encoder, handle, settings, seed, dataset)
@@ -145,6 +98,19 @@ def run(
                 store.add(records, seed, dataset.name, rows.problems)
             done += len(batch) * len(arms)
             progress(done, total)
+
+
+def check(model: Any, processor: Any, settings: Settings) -> None:
+    """Find out whether a model can be evaluated, before anything is written; raise UserError if not."""
+    _start(model, processor, settings)[1].restore()
+
+
+def _start(model: Any, processor: Any, settings: Settings) -> tuple[Encoder, csp_ext.Handle]:
+    encoder = Encoder(model, processor, settings.template, settings.context_len)
+    try:
+        return encoder, csp_ext.apply(model, method=FULL)
+    except ValueError as error:
+        raise UserError(first_line(error)) from error
 
 
 class _Batch:
@@ -311,3 +277,6 @@ def _kept(stats: PruneStats, modality: Tensor) -> dict[str, list[float | None]]:
             for value, count in zip(sums[name].tolist(), counts, strict=True)
         ]
     return result
+
+
+__all__ = ["PROTOCOLS", "Datasets", "Settings", "check", "keys", "run"]

@@ -156,7 +156,7 @@ class Store:
             for file in files:
                 for entry in _read(file):
                     entries.setdefault(identity(entry), entry)
-            if not entries:
+            if not any(file.is_file() for file in files):
                 continue
             if name == RECORDS:
                 ordered = sorted(entries.values(), key=lambda entry: place.get(key_of(entry), len(place)))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from csp_ext.evaluation import render
 from csp_ext.evaluation.vocabulary import DIGITS, EOS, ID, IMAGE, NAMES, decode, first
@@ -231,11 +230,6 @@ def make_samples(
     return samples
 
 
-def needs_context(tokens: Ints) -> NDArray[np.bool_]:
-    """Return which answer tokens need the context: the digits."""
-    return (tokens >= first(DIGITS)) & (tokens < first(DIGITS) + len(DIGITS))
-
-
 __all__ = [
     "ABOUT",
     "DIGITS_PER_NUMBER",
@@ -245,5 +239,4 @@ __all__ = [
     "Sample",
     "ask",
     "make_samples",
-    "needs_context",
 ]

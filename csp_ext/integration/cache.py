@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,7 @@ class PrunedLayer(DynamicLayer):
                 f"crop would remove {remove} tokens, only the {after} after the pruned prompt can go"
             )
         self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
+        self.queries = None if self.queries is None else self.queries[..., :-remove, :]
         self.seen -= remove
 
     def reset(self) -> None:
@@ -133,18 +135,20 @@ class PrunedLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        if self.bias is not None:
-            self.bias = self.bias.index_select(0, beam_idx.to(self.bias.device))
+        self._each_row(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.bias is not None:
-            self.bias = self.bias.repeat_interleave(repeats, dim=0)
+        self._each_row(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        if self.bias is not None:
-            self.bias = self.bias[indices]
+        self._each_row(lambda tensor: tensor[indices])
+
+    def _each_row(self, take: Callable[[Tensor], Tensor]) -> None:
+        """Do to the rows of what belongs to a sequence as was done to its keys."""
+        self.bias = None if self.bias is None else take(self.bias)
+        self.queries = None if self.queries is None else take(self.queries)
 
 
 def updated_layer(key: Tensor) -> PrunedLayer | None:

@@ -242,10 +242,12 @@ class Handle:
         outer = self._announced()
         whole = isinstance(ids, Tensor) and ids.ndim == 2 and kwargs.get("inputs_embeds") is None
         known = outer.modality if outer else None
-        prompt = Prompt(self, lengths[0], ids if whole else None, known, single=True)
+        prompt = Prompt(self, lengths[0], 0, ids if whole else None, known, single=True)
         if getattr(kwargs.get("generation_config"), "is_assistant", False):
             self._warn("this model drafts for another, which takes tokens of the prompt back", stacklevel=3)
             prompt.length = 0
+        else:
+            prompt.put_off(self.method.delay)
         token = ANNOUNCED.set(prompt)
         try:
             result = own(*args, **kwargs)
@@ -319,6 +321,7 @@ class Handle:
             prompt.reached = True
             return
         if end < length:
+            prompt.reached |= end >= length - prompt.delay
             for layer in layers:
                 layer.buffer = self.method.observes(length)
             return

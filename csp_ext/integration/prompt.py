@@ -30,11 +30,13 @@ class Prompt:
     owner : object
         The handle whose model it is for.
     length : int or None
-        Tokens the cache will hold when the prompt is complete, earlier turns included.
+        Tokens the cache will hold when it is pruned, earlier turns included.
+    delay : int
+        How many of them are generated.
     ids : Tensor or None
-        [B, length] token ids, where they are known for the whole prompt.
+        [B, length - delay] token ids, where they are known for the whole prompt.
     modality : Tensor or None
-        [B, length], given by the user; wins over `ids`.
+        [B, length - delay], given by the user; wins over `ids`.
     single : bool
         One prompt, of the first cache that comes (``generate``), rather than every prompt of a block.
     recording : Recording or None
@@ -45,12 +47,18 @@ class Prompt:
 
     owner: object
     length: int | None
+    delay: int = 0
     ids: Tensor | None = None
     modality: Tensor | None = None
     single: bool = False
     recording: Recording | None = None
     reached: bool = False
     cache: weakref.ref[Any] | None = None
+
+    def put_off(self, delay: int) -> None:
+        """Have the cache pruned only when it holds `delay` generated tokens, too."""
+        if self.length is not None:
+            self.length, self.delay = self.length + delay, delay
 
     def is_of(self, cache: Any) -> bool:
         """Say whether this cache holds the prompt; guidance runs prompts of its own inside ``generate``."""
@@ -63,12 +71,15 @@ class Prompt:
         known = self.modality
         if known is None and self.ids is not None:
             known = modality_of_ids(self.ids, placeholders)
-        if known is None or known.shape[1] != self.length or rows % known.shape[0]:
+        length = None if self.length is None else self.length - self.delay
+        if known is None or known.shape[1] != length or rows % known.shape[0]:
             if self.modality is not None:
                 raise ValueError(
-                    f"modality has shape {tuple(self.modality.shape)}, the prompt is {rows} x {self.length}"
+                    f"modality has shape {tuple(self.modality.shape)}, the prompt is {rows} x {length}"
                 )
             return None
+        # What is generated is text.
+        known = torch.nn.functional.pad(known, (0, self.delay))
         return known.to(device, torch.int8).repeat_interleave(rows // known.shape[0], dim=0)
 
 

@@ -112,7 +112,7 @@ class PruneStats:
     def __rich__(self) -> Table:
         saved = 1 - self.bytes_after / self.bytes_before if self.bytes_before else 0.0
         table = Table(
-            title=f"CSP: {_size(self.bytes_before)} -> {_size(self.bytes_after)} ({saved:.0%} freed)"
+            title=f"KV cache: {_size(self.bytes_before)} -> {_size(self.bytes_after)} ({saved:.0%} freed)"
         )
         for name in ("layer", "kept", "dropped", "text kept", "image kept", "before", "after"):
             table.add_column(name, justify="right")

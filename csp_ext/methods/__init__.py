@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from csp_ext._fields import check_real
 from csp_ext.config import CSPConfig
 from csp_ext.methods.base import Layer, Method, Selection
 from csp_ext.methods.chance import Random
 from csp_ext.methods.csp import CSP
 from csp_ext.methods.full import Full
 from csp_ext.methods.h2o import H2O
+from csp_ext.methods.lookm import LookM
+from csp_ext.methods.pyramidkv import PyramidKV
+from csp_ext.methods.roco import RoCo
 from csp_ext.methods.snapkv import SnapKV
 from csp_ext.methods.streaming import Streaming
 
@@ -25,16 +30,34 @@ def _csp_paper(**fields: Any) -> CSP:
 
 def _csp_release(budget: float = 0.2, **fields: Any) -> CSP:
     """Half of the budget goes to the recent tokens, as in the release's scripts."""
+    check_real("budget", budget, 0, 2)
     return CSP(CSPConfig.release(hh_ratio=budget / 2, recent_ratio=budget / 2, **fields))
 
+
+# What suits SnapKV's score best on the evaluation suite (docs/quality.md); its authors' window is 32.
+TUNED: dict[str, Any] = {"window": 8, "recent": 8, "pool": "max", "pool_kernel": 7}
 
 METHODS: dict[str, Callable[..., Method]] = {
     "full": Full,
     "random": Random,
     "streaming": Streaming,
     "h2o": H2O,
+    "roco": RoCo,
     "snapkv": SnapKV,
+    "snapkv-release": partial(SnapKV, recent="half", window="half"),
+    "snapkv-raw": partial(SnapKV, pool="none"),
+    "snapkv-tuned": partial(SnapKV, **TUNED),
+    "pyramidkv": PyramidKV,
+    "pyramidkv-tuned": partial(PyramidKV, **TUNED),
+    "lookm": LookM,
+    "lookm-average": partial(LookM, merge="average"),
+    "lookm-weighted": partial(LookM, merge="weighted"),
+    "lookm-tp": partial(LookM, text_prior="exact"),
+    "lookm-tp-release": partial(LookM, text_prior="release"),
     "csp": _csp,
+    "csp-calibrated": partial(_csp, combine="calibrated", cross_ratio=0.5),
+    "csp-union": partial(_csp, combine="union", cross_ratio=0.5),
+    "csp-intersection": partial(_csp, combine="intersection", cross_ratio=0.5),
     "csp-paper": _csp_paper,
     "csp-release": _csp_release,
 }
@@ -66,8 +89,11 @@ __all__ = [
     "METHODS",
     "Full",
     "Layer",
+    "LookM",
     "Method",
+    "PyramidKV",
     "Random",
+    "RoCo",
     "Selection",
     "SnapKV",
     "Streaming",

@@ -92,10 +92,13 @@ class Method(ABC):
         n-softmax constant of the attention over a pruned cache (Eq. 7); 0 is the ordinary softmax.
     text_only : {"prune", "leave"}
         What happens to a row without images.
+    delay : int
+        How many tokens ``generate()`` appends to the prompt before pruning.
     """
 
     decode_n: float = 0.0
     text_only: str = "prune"
+    delay: int = 0
 
     @abstractmethod
     def observes(self, length: int) -> int:

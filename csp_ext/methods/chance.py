@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from csp_ext._fields import check_int
 from csp_ext.methods.base import Layer
 from csp_ext.methods.ranked import Ranked, RankedSelection
 
@@ -24,6 +25,10 @@ class Random(Ranked):
     recent: int | str = 8
     window: int | str = 1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("seed", self.seed, 0)
 
     def scores(self, layer: Layer, selection: RankedSelection) -> Tensor:
         rows, heads, length, _ = layer.key.shape

@@ -31,8 +31,12 @@ class CSP(Method):
     def text_only(self) -> str:  # type: ignore[override]
         return self.config.text_only
 
+    @property
+    def delay(self) -> int:  # type: ignore[override]
+        return self.config.delay
+
     def observes(self, length: int) -> int:
-        if self.config.hop_tokens:
+        if self.config.hop:
             return length
         window = self.config.resolve(length).window
         return window if isinstance(window, int) else QUESTION_MOST
@@ -47,7 +51,7 @@ class _Selection(Selection):
         span = None if left_padded else window_span(modality, self.sizes)
         self.window = window_modality(modality, self.sizes, span=span)
         self.budget, self.prune_from = self.sizes.budget, self.sizes.prune_from
-        self.observes = modality.shape[1] if config.hop_tokens else self.window.shape[1]
+        self.observes = modality.shape[1] if self.sizes.hop else self.window.shape[1]
         self.exact = self.sizes.k_self is None
 
     def select(self, layer: Layer) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from csp_ext.config import slots_of
 from csp_ext.methods.base import Layer, Method, Selection
 
 
@@ -14,6 +15,9 @@ class Full(Method):
     """Keep everything; its `budget` is there so that every method can be made alike."""
 
     budget: float | int = 1.0
+
+    def __post_init__(self) -> None:
+        slots_of(self.budget, 1)
 
     def observes(self, length: int) -> int:
         return 1

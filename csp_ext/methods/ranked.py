@@ -47,19 +47,22 @@ class Ranked(Method):
             return length
         return max(1, slots_of(self.budget, length) // 2) if self.window == "half" else self.window
 
-    def start(self, modality: Tensor, longest: int, left_padded: bool) -> RankedSelection:
+    def sizes(self, longest: int) -> tuple[int, int]:
+        """Return T and R of a batch whose longest row has `longest` real tokens."""
         budget = slots_of(self.budget, longest)
         recent = max(1, budget // 2) if isinstance(self.recent, str) else self.recent
-        watching = observing(modality, self._window(modality.shape[1]))
-        return RankedSelection(self, budget, min(recent, budget), watching)
+        return budget, min(recent, budget)
+
+    def watching(self, modality: Tensor, longest: int) -> Tensor:
+        """Return the positions [B, L], bool, whose queries are looked at."""
+        return observing(modality, self._window(longest))
+
+    def start(self, modality: Tensor, longest: int, left_padded: bool) -> Selection:
+        return RankedSelection(self, *self.sizes(longest), self.watching(modality, longest))
 
     @abstractmethod
     def scores(self, layer: Layer, selection: RankedSelection) -> Tensor:
         """Return [B, Hs, L] float, at least 0; what is not a candidate is not looked at."""
-
-    def budgets(self, budget: int, count: int, longest: int) -> list[int]:
-        """Return the slots of each of `count` layers."""
-        return [budget] * count
 
 
 class RankedSelection(Selection):
@@ -103,37 +106,38 @@ class RankedSelection(Selection):
         return own
 
     def select(self, layer: Layer) -> Tensor:
-        longest = int((layer.modality >= 0).sum(-1).amax())
-        budget = self.method.budgets(self.budget, layer.count, longest)[layer.index]
-        return keep_best(
-            self.method.scores(layer, self), layer.modality, budget=budget, recent=min(self.recent, budget)
-        )
+        scores = self.method.scores(layer, self)
+        return keep_best(scores, layer.modality, budget=self.budget, recent=self.recent)
 
 
-def keep_best(scores: Tensor, modality: Tensor, *, budget: int, recent: int) -> Tensor:
+def keep_best(
+    scores: Tensor, modality: Tensor, *, budget: int, recent: int, text_first: bool = False
+) -> Tensor:
     """Return the `recent` last real tokens of each row and the best of the others.
 
     Parameters
     ----------
     scores : Tensor
-        [B, Hs, L] float32, at least 0; among equals the later stays.
+        [B, Hs, L] float32 or float64, at least 0; among equals the later stays.
     modality : Tensor
         [B, L] int8, -1 padding.
     budget, recent : int
         T and R.
+    text_first : bool
+        Whether every text token comes before every other one.
 
     Returns
     -------
     Tensor
         int32 [B, Hs, T], ascending, -1 free at the left.
     """
-    plain = modality.clamp_max(0)
-    # One list of one modality: every real key is ranked, whatever its score.
+    # One list ranks every real key; with a text query, `self` ranks the text and `cross` what comes after it.
+    kinds = modality.clamp_max(1 if text_first else 0)
     indices, _ = implementation_for(scores).select(
         scores,
-        torch.zeros_like(scores),
-        plain,
-        plain.new_zeros(plain.shape[0], 1),
+        scores if text_first else torch.zeros_like(scores),
+        kinds,
+        kinds.new_zeros(kinds.shape[0], 1),
         budget=budget,
         recent=recent,
         cross_ratio=0.0,

@@ -54,8 +54,10 @@ def select(
         (1 - rho) S / sum(S) + rho C / sum(C). A list that a key is not valid in does not count.
     k_self, k_cross : int, optional
         Both or neither. Given, the literal top-k masks of Eq. 2 are combined; a row may hold fewer than T.
-    pool : {"none", "max", "avg"}
-        Smooths each list over the candidates inside runs of equal modality before it is ranked.
+    pool : {"none", "max", "past", "avg"}
+        Smooths each list over the candidates inside runs of equal modality before it is ranked: each score
+        becomes the maximum or the mean within `pool_kernel // 2` candidates on both sides, with "past" the
+        maximum of it and the `pool_kernel // 2` before it.
     pool_kernel : int
         Odd.
     causal : bool

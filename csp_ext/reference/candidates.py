@@ -81,14 +81,14 @@ def pooled(values: torch.Tensor, modality: torch.Tensor, pool: str, pool_kernel:
     The candidates form one sequence in position order. Neighbours are counted in that sequence, so padding
     between two of them changes nothing and a padded row equals the row alone. A run is a maximal stretch of
     it with one modality. Element j becomes the maximum, or the mean over the elements present, of the at most
-    ``pool_kernel`` candidates within ``pool_kernel // 2`` steps of j that stand in j's run. The maximum
-    passes over a NaN where it can.
+    ``pool_kernel`` candidates within ``pool_kernel // 2`` steps of j that stand in j's run; with "past" the
+    maximum of those of them that do not come after j. The maximum passes over a NaN where it can.
 
     Parameters
     ----------
     values, modality : Tensors [N]
         Scores and modalities of the candidates.
-    pool : {"none", "max", "avg"}
+    pool : {"none", "max", "past", "avg"}
     pool_kernel : int
         Odd.
 
@@ -102,15 +102,16 @@ def pooled(values: torch.Tensor, modality: torch.Tensor, pool: str, pool_kernel:
     changes = torch.zeros(count, dtype=torch.int64, device=values.device)
     changes[1:] = modality[1:] != modality[:-1]
     run = changes.cumsum(0)
-    half = pool_kernel // 2
+    before = pool_kernel // 2
+    after = 0 if pool == "past" else before
     index = torch.arange(count, device=values.device)
-    neighbour = index[:, None] + torch.arange(-half, half + 1, device=values.device)  # [N, kernel]
+    neighbour = index[:, None] + torch.arange(-before, after + 1, device=values.device)  # [N, window]
     inside = (neighbour >= 0) & (neighbour < count)
     neighbour = neighbour.clamp(0, count - 1)
     inside &= run[neighbour] == run[:, None]
     window = values[neighbour]
-    if pool == "max":
-        nan = window.isnan()
-        largest = window.masked_fill(~inside | nan, -torch.inf).amax(dim=1)
-        return largest.masked_fill((nan | ~inside).all(dim=1), torch.nan)
-    return window.masked_fill(~inside, 0).sum(dim=1) / inside.sum(dim=1)
+    if pool == "avg":
+        return window.masked_fill(~inside, 0).sum(dim=1) / inside.sum(dim=1)
+    nan = window.isnan()
+    largest = window.masked_fill(~inside | nan, -torch.inf).amax(dim=1)
+    return largest.masked_fill((nan | ~inside).all(dim=1), torch.nan)

@@ -8,7 +8,7 @@ from csp_ext.reference.candidates import Candidates, candidates_of, validity
 from csp_ext.reference.ranking import descending_order, ranks
 
 COMBINE = ("intersection", "union", "calibrated")
-POOL = ("none", "max", "avg")
+POOL = ("none", "max", "past", "avg")
 FAR = 2**62  # a key that no list ranks: after every other key
 
 

@@ -68,13 +68,25 @@ Candidates candidates_of(const SelectParams& p, const int8_t* modality, const in
 
 // ---- pooling ----
 
+// How many candidates a window takes in before and after its own.
+struct PoolReach {
+  int64_t before, after;
+};
+
+PoolReach pool_reach(const SelectParams& p) {
+  const int64_t half = p.pool_kernel / 2;
+  return {half, p.pool == Pool::kPast ? 0 : half};
+}
+
+// kMax or kAvg over one run.
 template <Pool kPool, typename Real>
-void pool_run(const Real* __restrict x, Real* __restrict out, int64_t size, int64_t kernel) {
-  const int64_t half = kernel / 2 < size - 1 ? kernel / 2 : size - 1;
+void pool_run(const Real* __restrict x, Real* __restrict out, int64_t size, PoolReach reach) {
+  const int64_t before = reach.before < size - 1 ? reach.before : size - 1;
+  const int64_t after = reach.after < size - 1 ? reach.after : size - 1;
   const Real start = kPool == Pool::kMax ? static_cast<Real>(__builtin_nan("")) : Real{0};
   for (int64_t j = 0; j < size; ++j) out[j] = start;
   // Offset by offset, so that neighbours of many elements are taken in at once, each in ascending order.
-  for (int64_t offset = -half; offset <= half; ++offset) {
+  for (int64_t offset = -before; offset <= after; ++offset) {
     const int64_t begin = offset < 0 ? -offset : 0;
     const int64_t end = offset < 0 ? size : size - offset;
     for (int64_t j = begin; j < end; ++j) {
@@ -88,8 +100,8 @@ void pool_run(const Real* __restrict x, Real* __restrict out, int64_t size, int6
   }
   if constexpr (kPool == Pool::kAvg) {
     for (int64_t j = 0; j < size; ++j) {
-      const int64_t left = j < half ? j : half;
-      const int64_t right = size - 1 - j < half ? size - 1 - j : half;
+      const int64_t left = j < before ? j : before;
+      const int64_t right = size - 1 - j < after ? size - 1 - j : after;
       out[j] /= static_cast<Real>(left + right + 1);
     }
   }
@@ -98,13 +110,14 @@ void pool_run(const Real* __restrict x, Real* __restrict out, int64_t size, int6
 template <typename Real>
 void pool_runs(const SelectParams& p, const int8_t* modality, const int32_t* position, int64_t count,
                const Real* x, Real* out) {
+  const PoolReach reach = pool_reach(p);
   for (int64_t begin = 0, end; begin < count; begin = end) {
     end = begin + 1;
     while (end < count && modality[position[end]] == modality[position[begin]]) ++end;
-    if (p.pool == Pool::kMax) {
-      pool_run<Pool::kMax>(x + begin, out + begin, end - begin, p.pool_kernel);
+    if (p.pool == Pool::kAvg) {
+      pool_run<Pool::kAvg>(x + begin, out + begin, end - begin, reach);
     } else {
-      pool_run<Pool::kAvg>(x + begin, out + begin, end - begin, p.pool_kernel);
+      pool_run<Pool::kMax>(x + begin, out + begin, end - begin, reach);
     }
   }
 }

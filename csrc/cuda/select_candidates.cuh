@@ -75,7 +75,16 @@ CSP_DEVICE void find_observers(const SelectParams& p, int64_t batch, Shared<int3
 
 // ---- pooling ----
 
-// The maximum passes over a NaN where it can; the mean adds up from the left.
+// How many candidates a window takes in before and after its own.
+struct PoolReach {
+  int before, after;
+
+  CSP_DEVICE explicit PoolReach(const SelectParams& p)
+      : before(static_cast<int>(p.pool_kernel < p.keys ? p.pool_kernel / 2 : p.keys)),
+        after(p.pool == Pool::kPast ? 0 : before) {}
+};
+
+// kMax or kAvg: the maximum passes over a NaN where it can; the mean adds up from the left.
 template <Pool kPool>
 struct Pooled {
   float value = kPool == Pool::kMax ? NAN : 0.0f;
@@ -92,19 +101,20 @@ struct Pooled {
   }
 };
 
-// The candidates within `half` steps of c that stand in c's run of one modality.
+// The candidates within reach of c that stand in c's run of one modality.
 struct PoolWindow {
   int begin, end;
 };
 
 template <typename Modality>
-CSP_DEVICE PoolWindow pool_window(int c, int count, int half, Modality modality) {
+CSP_DEVICE PoolWindow pool_window(int c, int count, PoolReach reach, Modality modality) {
   const int own = modality(c);
   PoolWindow window{c, c + 1};
   CSP_NO_UNROLL
-  while (window.begin > 0 && c - window.begin < half && modality(window.begin - 1) == own) --window.begin;
+  while (window.begin > 0 && c - window.begin < reach.before && modality(window.begin - 1) == own)
+    --window.begin;
   CSP_NO_UNROLL
-  while (window.end < count && window.end - c <= half && modality(window.end) == own) ++window.end;
+  while (window.end < count && window.end - c <= reach.after && modality(window.end) == own) ++window.end;
   return window;
 }
 

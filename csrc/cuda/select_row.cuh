@@ -122,17 +122,18 @@ struct Row {
 
   template <Pool kPool>
   CSP_DEVICE void pool_group(int first, Totals& totals) const {
-    const int half = static_cast<int>(p.pool_kernel < p.keys ? p.pool_kernel / 2 : p.keys);
-    if (half <= kNear && first >= kNear && first + 4 + kNear <= count && one_run(first)) {
+    const PoolReach reach(p);
+    if (reach.before <= kNear && first >= kNear && first + 4 + kNear <= count && one_run(first)) {
       Pooled<kPool> own[4], other[4];
-      const Vec<float, 4> mine = pool_near(as<float>(spare0) + first, half, own);
-      const Vec<float, 4> theirs = pool_near(as<float>(spare1) + first, half, other);
+      const Vec<float, 4> mine = pool_near(as<float>(spare0) + first, reach, own);
+      const Vec<float, 4> theirs = pool_near(as<float>(spare1) + first, reach, other);
       const Vec<uint16_t, 4> marks = load_vec<4>(spare2 + first);
+      const int size = reach.before + 1 + reach.after;
       Four keys_self, keys_cross, ties;
       CSP_UNROLL
       for (int e = 0; e < 4; ++e) {
-        keys_self[e] = enter_self(own[e].over(2 * half + 1), (marks[e] & kInSelf) != 0, totals);
-        keys_cross[e] = enter_cross(other[e].over(2 * half + 1), (marks[e] & kInCross) != 0, totals);
+        keys_self[e] = enter_self(own[e].over(size), (marks[e] & kInSelf) != 0, totals);
+        keys_cross[e] = enter_cross(other[e].over(size), (marks[e] & kInCross) != 0, totals);
         ties[e] = descending(mine[e] + theirs[e]);
       }
       store_vec(self + first, keys_self);
@@ -143,7 +144,8 @@ struct Row {
     const int end = first + 4 < count ? first + 4 : count;
     CSP_NO_UNROLL
     for (int c = first; c < end; ++c) {
-      const PoolWindow window = pool_window(c, count, half, [&](int i) { return spare2[i] & kModalityMask; });
+      const PoolWindow window =
+          pool_window(c, count, reach, [&](int i) { return spare2[i] & kModalityMask; });
       const auto mine = [&](int i) { return float(as<float>(spare0)[i]); };
       const auto theirs = [&](int i) { return float(as<float>(spare1)[i]); };
       const int marks = spare2[c];
@@ -168,12 +170,13 @@ struct Row {
 
   // Four neighbours, all of whose windows lie inside one run; returns their own scores.
   template <Pool kPool>
-  CSP_DEVICE static Vec<float, 4> pool_near(Shared<float> scores, int half, Pooled<kPool> (&pooled)[4]) {
+  CSP_DEVICE static Vec<float, 4> pool_near(Shared<float> scores, PoolReach reach,
+                                            Pooled<kPool> (&pooled)[4]) {
     const Vec<float, 4> left = load_vec<4>(scores - 4), own = load_vec<4>(scores);
     const Vec<float, 4> right = load_vec<4>(scores + 4);
     CSP_UNROLL
     for (int step = -kNear; step <= kNear; ++step) {
-      if (step < -half || step > half) continue;
+      if (step < 0 ? -step > reach.before : step > reach.after) continue;
       CSP_UNROLL
       for (int e = 0; e < 4; ++e) {
         const int at = e + step;
@@ -502,10 +505,10 @@ void select_row_kernel(SelectParams p, SelectPlan plan, void* workspace) {
       }
       row.pad();
       sync_block();
-      if (p.pool == Pool::kMax) {
-        row.each_group([&](int first) { row.template pool_group<Pool::kMax>(first, totals); });
-      } else if (p.pool == Pool::kAvg) {
+      if (p.pool == Pool::kAvg) {
         row.each_group([&](int first) { row.template pool_group<Pool::kAvg>(first, totals); });
+      } else if (p.pool != Pool::kNone) {
+        row.each_group([&](int first) { row.template pool_group<Pool::kMax>(first, totals); });
       }
 
       // The best of them.

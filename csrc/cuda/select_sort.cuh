@@ -122,7 +122,7 @@ void select_keys_kernel(SortArgs a) {
   const Global<uint32_t> self = a.keys(0, part.row), cross = a.keys(1, part.row), tie = a.tie(part.row);
   const auto own = [&](int c) { return score_at(p.dtype, p.self, offset + int32_t(positions[c])); };
   const auto other = [&](int c) { return score_at(p.dtype, p.cross, offset + int32_t(positions[c])); };
-  const int half = static_cast<int>(p.pool_kernel < p.keys ? p.pool_kernel / 2 : p.keys);
+  const PoolReach reach(p);
   double sum_self = 0, sum_cross = 0;
   part.each([&](int c) {
     const int j = positions[c], m = int8_t(modality[j]);
@@ -130,9 +130,9 @@ void select_keys_kernel(SortArgs a) {
     tie[c] = descending(x + y);
     if (p.pool != Pool::kNone) {
       const PoolWindow window =
-          pool_window(c, part.count, half, [&](int i) { return int8_t(modality[int32_t(positions[i])]); });
-      x = p.pool == Pool::kMax ? pool_over<Pool::kMax>(window, own) : pool_over<Pool::kAvg>(window, own);
-      y = p.pool == Pool::kMax ? pool_over<Pool::kMax>(window, other) : pool_over<Pool::kAvg>(window, other);
+          pool_window(c, part.count, reach, [&](int i) { return int8_t(modality[int32_t(positions[i])]); });
+      x = p.pool == Pool::kAvg ? pool_over<Pool::kAvg>(window, own) : pool_over<Pool::kMax>(window, own);
+      y = p.pool == Pool::kAvg ? pool_over<Pool::kAvg>(window, other) : pool_over<Pool::kMax>(window, other);
     }
     const bool in_self = observers.of_own(m, j), in_cross = observers.of_others(m, j);
     self[c] = in_self ? descending(x) : kAbsent;

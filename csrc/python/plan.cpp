@@ -221,7 +221,8 @@ void fill_options(Shape& shape, csp::SelectParams& p) {
     p.k_self = shape.size("k_self");
     p.k_cross = shape.size("k_cross");
   }
-  p.pool = shape.word<Pool>("pool", {{"none", Pool::kNone}, {"max", Pool::kMax}, {"avg", Pool::kAvg}});
+  p.pool = shape.word<Pool>(
+      "pool", {{"none", Pool::kNone}, {"max", Pool::kMax}, {"past", Pool::kPast}, {"avg", Pool::kAvg}});
   p.pool_kernel = shape.size("pool_kernel", 7);
   p.causal = shape.flag("causal", true);
 }

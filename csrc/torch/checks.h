@@ -228,8 +228,9 @@ inline Combine check_combine(const char* op, const std::string& combine) {
 inline Pool check_pool(const char* op, const std::string& pool) {
   if (pool == "none") return Pool::kNone;
   if (pool == "max") return Pool::kMax;
+  if (pool == "past") return Pool::kPast;
   if (pool == "avg") return Pool::kAvg;
-  fail(op, "pool must be \"none\", \"max\" or \"avg\", got \"", pool, "\"");
+  fail(op, "pool must be \"none\", \"max\", \"past\" or \"avg\", got \"", pool, "\"");
 }
 
 }  // namespace csp

@@ -27,7 +27,7 @@ struct SelectParams {
   int32_t rho_thousandths = 500;  // cross_ratio * 1000, rounded
   Combine combine = Combine::kIntersection;
   Pool pool = Pool::kNone;
-  int64_t pool_kernel = 7;  // odd
+  int64_t pool_kernel = 7;  // odd; kPast takes the half before a candidate, and the candidate
   bool causal = true;
 };
 

@@ -19,7 +19,7 @@ constexpr DType accumulate_dtype(DType dtype) {
 
 enum class Heads : int32_t { kKv, kShared };
 enum class Combine : int32_t { kIntersection, kUnion, kCalibrated };
-enum class Pool : int32_t { kNone, kMax, kAvg };
+enum class Pool : int32_t { kNone, kMax, kAvg, kPast };
 
 // Strides in elements of a 4-D [batch, head, row, head_dim] tensor whose last stride is 1.
 struct Strides {
