@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from csp_ext.analysis.plots import Dots, Line, Panel, draw_dots, draw_panels
-from csp_ext.config import CSPConfig
 from csp_ext.evaluation.arms import FULL, Arm, arms_of
 from csp_ext.evaluation.items import GROUPS
 from csp_ext.evaluation.results import Record, compare, retention
@@ -21,12 +20,9 @@ from csp_ext.paper.request import Finding, Request, Tell, percent
 OWN = "csp"
 # The project's own first, so that they have the same colours whatever else there is.
 ORDERED = sorted(METHODS, key=lambda name: (name != FULL, name != OWN, not name.startswith(OWN)))
-MATCHED = "snapkv matched"
-MATCHED_FIELDS = ("window", "recent", "pool", "pool_kernel")
 DEFAULTS = (
-    "Every method with its own defaults; all are given the same number of tokens per head. "
-    f"{MATCHED}: SnapKV with csp's observation window, recent tokens and pooling, so that the difference that "
-    "is left is due to the split into self and cross."
+    "Every method with its own defaults; all are given the same number of tokens per head. -tuned: with the "
+    "window, recent tokens and pooling that suit it best on the generated suite."
 )
 GENERATED = (
     "The paper's numbers are not beside these: they are of LLaVA-1.5-7B on MileBench, and this model and its "
@@ -35,9 +31,7 @@ GENERATED = (
 
 
 def _arms(budgets: Sequence[float]) -> tuple[Arm, ...]:
-    own = CSPConfig()
-    fields = {name: getattr(own, name) for name in MATCHED_FIELDS}
-    return (*arms_of(ORDERED, budgets), *(Arm(MATCHED, "snapkv", budget, fields) for budget in budgets))
+    return arms_of(ORDERED, budgets)
 
 
 def table1(request: Request, tell: Tell) -> Finding:
