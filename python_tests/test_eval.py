@@ -462,6 +462,11 @@ def test_rivals_are_compared_at_equal_budgets(tmp_path):
     assert lines[0][1].startswith("+12.5 ± ")
     assert lines[1] == ["first or tied", "2 of 2"]
     assert rivalry([record for record in records if record["name"] != "h2o"], "csp") is None
+    # One sample more is a tie, all of them are not.
+    close = [record | {"score": 1.0} if record["name"] == "h2o" else record for record in records]
+    assert rivalry(close, "csp").first == {0.2: (2, 2)}
+    far = [record | {"score": 0.0} if record["name"] == "csp" else record for record in close]
+    assert rivalry(far, "csp").first == {0.2: (0, 2)}
     write_markdown(tmp_path / "t.md", rows(records), "Title", "aware", found)
     assert "| h2o | +12.5" in (tmp_path / "t.md").read_text()
 

@@ -9,11 +9,11 @@ from rich import box
 from rich.table import Table
 
 from csp_ext.evaluation.arms import FULL, ORACLE, shown
-from csp_ext.evaluation.results import Difference, Record, chosen, compare, mean
+from csp_ext.evaluation.results import Difference, Record, chosen, compare
 
 LEGEND = (
     "How much more {name} scores at the same budget, x 100, ± the standard error of the paired difference. "
-    "first or tied: data sets on which no other method of the table has a higher mean."
+    "first or tied: data sets on which no other method is ahead by more than two such errors."
 )
 
 
@@ -30,7 +30,8 @@ class Rivalry:
     differences : dict
         For each rival and budget that both have, the method minus the rival.
     first : dict
-        For each budget, on how many data sets no rival is better, and how many data sets there are.
+        For each budget, on how many data sets no rival is ahead by more than two standard errors of the
+        paired difference, and how many data sets there are.
     """
 
     name: str
@@ -94,11 +95,15 @@ def rivalry(records: Sequence[Record], name: str) -> Rivalry | None:
             differences[rival, budget] = compare(mine + theirs[rival], arm, label)
         datasets = dict.fromkeys(record["dataset"] for record in mine)
         leads = [
-            all(
-                mean(mine, arm, dataset=dataset).value >= mean(theirs[rival], label, dataset=dataset).value
+            not any(
+                _ahead(compare(mine + theirs[rival], label, arm, dataset=dataset))
                 for rival, label in rivals.items()
             )
             for dataset in datasets
         ]
         first[budget] = (sum(leads), len(leads))
     return Rivalry(name, tuple(own), differences, first) if differences else None
+
+
+def _ahead(gap: Difference) -> bool:
+    return gap.value > 2 * gap.error
