@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -210,6 +211,18 @@ def test_times_are_those_of_the_papers_data_set(milebench, tmp_path):
     for budget, row in rows.items():
         assert int(row["prompt_cache_bytes"]) == int(budget * tokens + 1e-6) * per_token
         assert int(row["final_cache_bytes"]) - int(row["prompt_cache_bytes"]) == 64 * per_token
+
+
+def test_what_was_left_out_is_said(milebench, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(milebench, data)
+    next((data / "code" / "images").rglob("*.png")).unlink()
+    words = ["--model", checkpoint_folder(), "--data", data, "--dataset", "code", "--out", tmp_path / "out"]
+    result = csp("fig3", *words)
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "out" / "fig3.md").read_text()
+    assert "1 samples of code; seed 0. Left out before: 1, first " in text
+    assert "there is no image" in text
 
 
 def test_a_measured_study_is_not_measured_again(tmp_path, monkeypatch):
