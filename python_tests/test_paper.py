@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 
 import numpy as np
@@ -30,6 +31,7 @@ from csp_ext.evaluation.milebench import write_dataset
 from csp_ext.evaluation.suite import write_suite
 from csp_ext.evaluation.world import Layout
 from csp_ext.integration.recording import Recording
+from csp_ext.paper.latency import TURN, Pruned
 from csp_ext.paper.studies import STUDIES
 
 SMALL = Layout(photos=3, codes=2, pins=2, links=2, fillers=5)
@@ -213,6 +215,23 @@ def test_times_are_those_of_the_papers_data_set(milebench, tmp_path):
         assert int(row["final_cache_bytes"]) - int(row["prompt_cache_bytes"]) == 64 * per_token
 
 
+def test_budgets_are_compared_turn_by_turn():
+    # The machine is ten times slower in the second turn, for both.
+    full, half = (2.0,) * TURN + (20.0,) * TURN, (1.0,) * TURN + (10.0,) * TURN
+    one, other = (Pruned(1.0, steps, 0.0, 0, 0) for steps in (full, half))
+    assert other.relative_to(one) == 0.5
+
+
+def test_one_json_object(tmp_path):
+    result = csp(
+        "fig3", "--samples", 1, "--dataset", "code", "--window", "question", "--out", tmp_path, "--json"
+    )
+    found = json.loads(result.stdout)
+    assert [row["layer"] for row in found["records"]] == [0, 1, 2, 3]
+    assert all(0 <= row["jsd_low"] <= row["jsd_mean"] <= row["jsd_high"] <= 1 for row in found["records"])
+    assert "the text after the last image" in found["notes"][0]
+
+
 def test_what_was_left_out_is_said(milebench, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(milebench, data)
@@ -221,7 +240,7 @@ def test_what_was_left_out_is_said(milebench, tmp_path):
     result = csp("fig3", *words)
     assert result.exit_code == 0, result.output
     text = (tmp_path / "out" / "fig3.md").read_text()
-    assert "1 samples of code; seed 0. Left out before: 1, first " in text
+    assert "1 sample of code; seed 0. Left out before: 1, first " in text
     assert "there is no image" in text
 
 

@@ -93,7 +93,9 @@ class Request:
         count = sum(len(dataset.samples) for dataset in sets)
         kind = "MileBench format" if self.real else "generated, mode S"
         seeds = ", ".join(map(str, self.datasets))
-        amount = f"{used} of {count} samples, the others unusable," if used < count else f"{used} samples"
+        amount = f"{used} sample" if used == 1 else f"{used} samples"
+        if used < count:
+            amount = f"{used} of {count} samples, the others unusable,"
         unread = f" Left out before: {len(self.problems)}, first {self.problems[0]}." if self.problems else ""
         return f"Data ({kind}): {amount} of {', '.join(names)}; seed {seeds}.{unread}"
 
