@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from csp_ext.evaluation.milebench import write_dataset
 from csp_ext.evaluation.suite import write_suite
 from csp_ext.evaluation.world import Layout
 from csp_ext.integration.recording import Recording
+from csp_ext.paper.latency import TURN, Pruned
 from csp_ext.paper.studies import STUDIES
 
 SMALL = Layout(photos=3, codes=2, pins=2, links=2, fillers=5)
@@ -189,10 +192,10 @@ def test_published_numbers_stand_beside_their_own_data_only(milebench, tmp_path)
     lines = (tmp_path / "table1.md").read_text().splitlines()
     head = next(line for line in lines if line.startswith("| method"))
     assert cells(head)[:4] == ["method", "all", "S-4", "text"]
-    (snapkv,) = [line for line in lines if line.startswith("| released snapkv")]
-    assert cells(snapkv)[:4] == ["released snapkv, 7B", "-", "19.5", "-"]
+    (snapkv,) = [line for line in lines if line.startswith("| snapkv-release, released")]
+    assert cells(snapkv)[:4] == ["snapkv-release, released", "-", "19.5", "-"]
     # S-4 has a second data set, which is not here: its number in the paper's table means something else.
-    assert not any(line.startswith("| paper CSP") for line in lines)
+    assert not any(line.startswith("| csp, paper's") for line in lines)
     rows = numbers_of(tmp_path / "table1.csv")
     (full,) = [row for row in rows if row["arm"] == "full" and row["group"] == "text"]
     assert float(full["score"]) == 1
@@ -210,6 +213,35 @@ def test_times_are_those_of_the_papers_data_set(milebench, tmp_path):
     for budget, row in rows.items():
         assert int(row["prompt_cache_bytes"]) == int(budget * tokens + 1e-6) * per_token
         assert int(row["final_cache_bytes"]) - int(row["prompt_cache_bytes"]) == 64 * per_token
+
+
+def test_budgets_are_compared_turn_by_turn():
+    # The machine is ten times slower in the second turn, for both.
+    full, half = (2.0,) * TURN + (20.0,) * TURN, (1.0,) * TURN + (10.0,) * TURN
+    one, other = (Pruned(1.0, steps, 0.0, 0, 0) for steps in (full, half))
+    assert other.relative_to(one) == 0.5
+
+
+def test_one_json_object(tmp_path):
+    result = csp(
+        "fig3", "--samples", 1, "--dataset", "code", "--window", "question", "--out", tmp_path, "--json"
+    )
+    found = json.loads(result.stdout)
+    assert [row["layer"] for row in found["records"]] == [0, 1, 2, 3]
+    assert all(0 <= row["jsd_low"] <= row["jsd_mean"] <= row["jsd_high"] <= 1 for row in found["records"])
+    assert "the text after the last image" in found["notes"][0]
+
+
+def test_what_was_left_out_is_said(milebench, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(milebench, data)
+    next((data / "code" / "images").rglob("*.png")).unlink()
+    words = ["--model", checkpoint_folder(), "--data", data, "--dataset", "code", "--out", tmp_path / "out"]
+    result = csp("fig3", *words)
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "out" / "fig3.md").read_text()
+    assert "1 sample of code; seed 0. Left out before: 1, first " in text
+    assert "there is no image" in text
 
 
 def test_a_measured_study_is_not_measured_again(tmp_path, monkeypatch):
@@ -233,10 +265,7 @@ def test_a_measured_study_is_not_measured_again(tmp_path, monkeypatch):
         (["fig5", "--budget", "0.2", "--budget", "0.3"], "fig5 takes one budget, got 2"),
         (["fig7", "--budget", "300"], "budget must be a share of the prompt such as 20%, got '300'"),
         (["fig7", "--window", "question"], "fig7 has no window of its own"),
-        (
-            ["fig3", "--window", "0"],
-            "window must be question, a share such as 10% or a number of tokens, got",
-        ),
+        (["fig3", "--window", "0"], "window must be question, a share such as 10% or a number of tokens"),
         (["table3", "--model", "."], "table3 takes several --model, got 1"),
         (["fig6", "--dataset", "codes"], "the generated suite has no task codes; it has code, photo"),
         (["fig6", "--protocol", "blind"], "protocol must be one of aware, agnostic, got 'blind'"),

@@ -131,6 +131,7 @@ def paper(
             raise UserError(f"there is no {name!r} in the paper to measure; there are {', '.join(NAMES)}")
         require("hf", "transformers", "PIL")
         require("eval", "matplotlib", "scipy")
+        from csp_ext.evaluation.runner import check
         from csp_ext.paper import report
         from csp_ext.paper.studies import STUDIES
 
@@ -156,11 +157,13 @@ def paper(
             quick=quick,
         )
         shares = _shares(options, study)
-        report.check_folder(options.out)
         quiet()
         with progress_bars(as_json) as bars:
             bar = bars.add_task("loading", total=None)
             with _request(options, study, shares) as request:
+                for subject in request.subjects:
+                    check(subject.model, subject.processor, request.settings)
+                report.check_folder(options.out)
                 finding = study.run(
                     request,
                     lambda done, total: bars.update(bar, completed=done, total=total, description=name),
@@ -205,15 +208,11 @@ def _shares(options: _Options, study: Study) -> tuple[float, ...]:
 def _request(options: _Options, study: Study, shares: tuple[float, ...]) -> Iterator[Request]:
     """Load the models and the data."""
     from csp_ext.evaluation.benchmark import BATCH_IMAGES, SUITE_BATCH_IMAGES
-    from csp_ext.evaluation.runner import Settings
+    from csp_ext.evaluation.settings import Settings
     from csp_ext.paper import subject
     from csp_ext.paper.request import Request
 
-    if (
-        options.models
-        and len(options.models) != study.models
-        and not (study.models > 1 < len(options.models))
-    ):
+    if options.models and (len(options.models) > 1) != (study.models > 1):
         wanted = "one --model" if study.models == 1 else "several --model"
         raise UserError(f"{options.name} takes {wanted}, got {len(options.models)}")
     if options.data is not None and len(options.seeds) > 1:
@@ -233,11 +232,15 @@ def _request(options: _Options, study: Study, shares: tuple[float, ...]) -> Iter
     subjects = _subjects(options, study)
     if options.data is not None:
         settings = subject.with_room(settings, subjects)
-    with subject.asked(options.data, options.datasets, options.samples, options.seeds) as datasets:
+    with subject.asked(options.data, options.datasets, options.samples, options.seeds) as (
+        datasets,
+        problems,
+    ):
         yield Request(
             name=options.name,
             subjects=subjects,
             datasets=datasets,
+            problems=tuple(problems),
             settings=settings,
             real=options.data is not None,
             budgets=shares,

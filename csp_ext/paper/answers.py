@@ -99,5 +99,5 @@ def about(request: Request, records: Sequence[Record]) -> list[str]:
         f"{PROTOCOL[request.settings.protocol]} (protocol {request.settings.protocol}).",
         f"Score: {', '.join(metrics)}; x 100, ± standard error over the samples; "
         "a group's is the unweighted mean of its data sets.",
-        request.asked(),
+        request.asked(len({(r["seed"], r["dataset"], r["sample_id"]) for r in records})),
     ]

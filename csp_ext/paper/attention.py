@@ -50,9 +50,7 @@ def _collected(request: Request, tell: Tell) -> tuple[Weights, list[str]]:
     notes = [
         f"Attention weights of the observation window: {_window(request.window)}. A softmax over all keys "
         "that a query sees, over the full cache; self: query and key of one modality, cross: of two.",
-        f"{weights.prompts} prompts"
-        + (f"; {len(weights.problems)} samples left out." if weights.problems else "."),
-        request.asked(),
+        request.asked(weights.prompts),
     ]
     return weights, notes
 

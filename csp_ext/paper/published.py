@@ -24,7 +24,7 @@ TABLE_1_CSP = {
     "IR": 6.3,
 }
 # Per data set: CSP (the run new_csp_v1), SnapKV, LOOK-M with text prior and pivotal merging.
-RELEASED_METHODS = {"csp-release": 0, "snapkv": 1, "lookm": 2}
+RELEASED_METHODS = {"csp-release": 0, "snapkv-release": 1, "lookm-tp-release": 2}
 RELEASED: dict[str, tuple[float | None, float | None, float | None]] = {
     "ActionLocalization": (23.50, 23.00, 23.00),
     "ActionPrediction": (52.50, 52.50, 52.50),

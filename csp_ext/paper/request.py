@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from csp_ext.evaluation.items import Dataset
-from csp_ext.evaluation.runner import Settings
+from csp_ext.evaluation.items import Dataset, Problem
+from csp_ext.evaluation.settings import Settings
 
 # Told how much is done, and of how much.
 Tell = Callable[[int, int], None]
@@ -56,6 +56,8 @@ class Request:
         One, or several to compare.
     datasets : dict of sequence of Dataset
         Per seed.
+    problems : tuple of Problem
+        What could not be read of the data.
     settings : Settings
         How answers are generated.
     real : bool
@@ -75,6 +77,7 @@ class Request:
     name: str
     subjects: tuple[Subject, ...]
     datasets: Mapping[int, Sequence[Dataset]]
+    problems: tuple[Problem, ...]
     settings: Settings
     real: bool
     budgets: tuple[float, ...]
@@ -83,14 +86,18 @@ class Request:
     out: Path
     command: tuple[str, ...]
 
-    def asked(self) -> str:
-        """Return what the models were asked, in one line."""
+    def asked(self, used: int) -> str:
+        """Return what the models were asked, in one line; `used` samples were usable."""
         sets = [dataset for of_seed in self.datasets.values() for dataset in of_seed]
         names = list(dict.fromkeys(dataset.name for dataset in sets))
         count = sum(len(dataset.samples) for dataset in sets)
         kind = "MileBench format" if self.real else "generated, mode S"
         seeds = ", ".join(map(str, self.datasets))
-        return f"Data ({kind}): {count} samples of {', '.join(names)}; seed {seeds}."
+        amount = f"{used} sample" if used == 1 else f"{used} samples"
+        if used < count:
+            amount = f"{used} of {count} samples, the others unusable,"
+        unread = f" Left out before: {len(self.problems)}, first {self.problems[0]}." if self.problems else ""
+        return f"Data ({kind}): {amount} of {', '.join(names)}; seed {seeds}.{unread}"
 
     def repeated(self) -> list[str]:
         """Return the models, the versions and the command that repeats it, line by line."""

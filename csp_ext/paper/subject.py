@@ -12,9 +12,9 @@ from csp_ext.demo import checkpoint
 from csp_ext.demo.console import UserError, require
 from csp_ext.evaluation.benchmark import FRAME
 from csp_ext.evaluation.checkpoint import EXAMINATION_SEED, load_eval_model
-from csp_ext.evaluation.items import Dataset
+from csp_ext.evaluation.items import Dataset, Problem
 from csp_ext.evaluation.milebench import read_datasets
-from csp_ext.evaluation.runner import Settings
+from csp_ext.evaluation.settings import Settings
 from csp_ext.evaluation.suite import write_suite
 from csp_ext.evaluation.tasks import TASKS
 from csp_ext.paper.request import Subject
@@ -45,8 +45,8 @@ def with_room(settings: Settings, subjects: Sequence[Subject]) -> Settings:
 @contextmanager
 def asked(
     root: Path | None, names: Sequence[str], count: int | None, seeds: Sequence[int]
-) -> Iterator[dict[int, list[Dataset]]]:
-    """Give the data sets of each seed.
+) -> Iterator[tuple[dict[int, list[Dataset]], list[Problem]]]:
+    """Give the data sets of each seed, and what had to be left out of them.
 
     Parameters
     ----------
@@ -66,7 +66,8 @@ def asked(
             raise UserError(f"no sample in {root} can be used; the first problem is {problems[0]}")
         if any(dataset.metric == "rouge_l" for dataset in datasets):
             require("eval", "rouge")
-        yield {seeds[0]: [replace(dataset, samples=dataset.samples[:count]) for dataset in datasets]}
+        cut = [replace(dataset, samples=dataset.samples[:count]) for dataset in datasets]
+        yield {seeds[0]: cut}, problems
         return
     for name in names:
         if name not in TASKS:
@@ -78,4 +79,4 @@ def asked(
             folder = Path(scratch) / str(seed)
             write_suite(folder, tasks=tasks, count=count or 1, seed=EXAMINATION_SEED + seed, mode="S")
             result[seed], _ = read_datasets(folder, tasks)
-        yield result
+        yield result, []

@@ -15,6 +15,7 @@ from csp_ext.paper.request import Finding, Request, Tell, percent
 
 RATIOS = tuple(step / 10 for step in range(11))
 QUICK_RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+OWN = "csp"
 RULES = ("calibrated", "union")
 CONSTANTS = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
 
@@ -23,11 +24,12 @@ def fig5(request: Request, tell: Tell) -> Finding:
     """Return the score for every share of the cross list, under both rules that keep a budget exactly."""
     (subject,), (budget,) = request.subjects, request.budgets
     ratios = QUICK_RATIOS if request.quick else RATIOS
-    arms = [Arm(FULL, FULL, 1.0)]
+    own = Arm(OWN, OWN, budget)
+    arms = [Arm(FULL, FULL, 1.0), own]
     label = {}
     for rule in RULES:
         for ratio in ratios:
-            arm = Arm(f"{rule}, rho {ratio:g}", "csp", budget, {"combine": rule, "cross_ratio": ratio})
+            arm = Arm(f"{rule}, rho {ratio:g}", OWN, budget, {"combine": rule, "cross_ratio": ratio})
             label[rule, ratio] = arm.label
             arms.append(arm)
     records = answered(request, subject, arms, tell)
@@ -37,20 +39,26 @@ def fig5(request: Request, tell: Tell) -> Finding:
         for rule in RULES
         for ratio in ratios
     ]
-    rows.insert(0, [FULL, "-", *(with_error(score(FULL)) for score in scores.values())])
+    for arm in reversed(arms[:2]):
+        rows.insert(0, [arm.name, "-", *(with_error(score(arm.label)) for score in scores.values())])
     numbers = _with_fields(plain(records), arms, ("combine", "cross_ratio"))
     title = f"Score by the share of the cross list, budget {percent(budget)}"
     notes = [
         *about(request, records),
         "rho: share of the cross list. union: each list fills its share of the budget by rank; calibrated: "
-        "both scores are divided by their sums and added, weighted by 1 - rho and rho.",
+        "both scores are divided by their sums and added, weighted by 1 - rho and rho. csp: the default, "
+        "where both lists count as the attention itself weighs them.",
     ]
 
     def draw(path: Path) -> None:
         panels = []
         for part, score in scores.items():
             full = 100 * score(FULL).value
-            lines = [Line("full cache", [0, 1], [full, full], reference=True)]
+            default = 100 * score(own.label).value
+            lines = [
+                Line("full cache", [0, 1], [full, full], reference=True),
+                Line("csp, its default", [0, 1], [default, default]),
+            ]
             for rule in RULES:
                 found = [score(label[rule, ratio]) for ratio in ratios]
                 low, high = ([100 * (x.value + sign * x.error) for x in found] for sign in (-1, 1))
@@ -68,7 +76,7 @@ def fig6(request: Request, tell: Tell) -> Finding:
     arms = [Arm(FULL, FULL, 1.0)]
     for n, decode_n in CONSTANTS:
         name = f"scores n={n:g}, decode n={decode_n:g}"
-        arms.append(Arm(name, "csp", budget, {"n": n, "decode_n": decode_n}))
+        arms.append(Arm(name, OWN, budget, {"n": n, "decode_n": decode_n}))
     records = answered(request, subject, arms, tell)
     scores = parts(records)
     plain_softmax = arms[1].label
