@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -31,7 +33,7 @@ def with_slot(recording: Recording, cache: DynamicCache, stats: PruneStats, kind
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     layers = []
-    for whole, pruned, kept in zip(pruned_layers(recording.cache), cache.layers, stats.layers, strict=True):
+    for whole, pruned, kept in zip(*map(pruned_layers, (recording.cache, cache)), stats.layers, strict=True):
         layer = PrunedLayer.adopt(pruned)
         rows, heads, _, size = layer.keys.shape
         mass, value = dropped(whole, kept.indices)
@@ -45,7 +47,7 @@ def with_slot(recording: Recording, cache: DynamicCache, stats: PruneStats, kind
         bias = visibility_bias(visible, 0.0, mass.shape[1], mass.dtype).expand(-1, mass.shape[1], -1, -1)
         layer.bias = torch.cat([mass[..., None, None], bias[..., 1:]], -1)
         layers.append(layer)
-    copy = DynamicCache()
+    copy: Any = DynamicCache()
     copy.layers = layers
     copy.layer_class_to_replicate = None
     return copy
