@@ -50,13 +50,13 @@ def main(
         samples = min(samples, QUICK_SAMPLES)
     budgets = QUICK_BUDGETS if quick else BUDGETS
     torch.set_num_threads(1)
-    begin = time.monotonic()
+    begin, measured = time.monotonic(), commit()
     outcome, ran = Outcome(), variants(letters)
     measure(outcome, letters, names, samples, seed, budgets)
     about = {
         "command": shlex.join(["python", "bench/quality_variants.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": measured,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "model": "csp_ext.evaluation.load_eval_model(), float32, greedy",
         "default": csp_ext.CSPConfig(),

@@ -68,9 +68,21 @@ def test_smoothings(load):
     assert raised(smoothing.Past()) == {25: 2, 26: 8, 27: 8, 28: 8, 29: 8, 41: 4}
     across = {25: 2, 26: 8, 27: 8, 28: 8, 29: 8, 41: 4, 42: 4, 43: 4, 44: 4}
     assert raised(smoothing.Past(within_run=False)) == across
-    assert raised(smoothing.Grid(3, 3)) == {25: 2, 26: 8, 27: 8, 30: 8, 31: 8, 36: 4, 37: 4, 40: 4, 41: 4}
+    assert raised(smoothing.Grid((-1, 1), (-1, 1))) == {
+        25: 2,
+        26: 8,
+        27: 8,
+        30: 8,
+        31: 8,
+        36: 4,
+        37: 4,
+        40: 4,
+        41: 4,
+    }
     row = {25: 2, 26: 8, 27: 8, 28: 8, 29: 8, 38: 4, 39: 4, 40: 4, 41: 4}
-    assert raised(smoothing.Grid(1, 7)) == row
+    assert raised(smoothing.Grid((0, 0), (-3, 3))) == row
+    past = {25: 2, 26: 8, 27: 8, 28: 8, 29: 8, 41: 4}
+    assert raised(smoothing.Grid((0, 0), (-3, 0))) == past
     assert raised(smoothing.WholeImage(1.0)) == {25: 2, **dict.fromkeys(range(26, 42), 8)}
     assert smoothing.WholeImage(0.25)(scores, KINDS)[0, 0, 41] == 0.75 * 4 + 0.25 * 8
 

@@ -23,6 +23,17 @@ IDEAS = {
     "f": "A slot with the dropped keys' weight and mean value",
     "g": "Budgets moved between heads and layers",
 }
+WITHOUT = "A method with a slot is compared with the same method without."
+NOTES = {
+    "c": "The default asks 0.45 of the slots that are not recent, for all heads together, looking both ways.",
+    "d": "The tokens before the prune are kept beside the budget. They come from the full cache; "
+    "from the third on, most are digits.",
+    "e": WITHOUT,
+    "f": WITHOUT,
+    "g": "The same total, of slots that are filled: a layer whose heads differ is stored as wide as the "
+    "widest. What a layer's budget does depends on where this small model looks up its answers: see the "
+    "doubled ones.",
+}
 
 
 @dataclass(frozen=True)
@@ -88,8 +99,9 @@ def smoothings() -> Iterable[Variant]:
         yield Variant("a", f"{pool} {kernel}", partial(_csp, pool=pool, pool_kernel=kernel))
     others: dict[str, Smoothing] = {
         "past 7 across runs": Past(within_run=False),
-        "images 3 x 3, text past 7": Grid(3, 3),
-        "images 1 x 7, text past 7": Grid(1, 7),
+        "images 3 x 3, text past 7": Grid((-1, 1), (-1, 1)),
+        "images 1 x 7, text past 7": Grid((0, 0), (-3, 3)),
+        "past 7, in images along a row": Grid((0, 0), (-3, 0)),
         "past 7, images share 0.3 of their best": WholeImage(0.3),
         "past 7, images share their best": WholeImage(1.0),
     }
@@ -153,6 +165,8 @@ def budgets() -> Iterable[Variant]:
         "first layer 0.4": (0.4, 1.2, 1.2, 1.2),
         "first layer 0.7": (0.7, 1.1, 1.1, 1.1),
         "pyramid": (1.45, 1.15, 0.85, 0.55),
+        "second layer doubled": (2 / 3, 2.0, 2 / 3, 2 / 3),
+        "third layer doubled": (2 / 3, 2 / 3, 2.0, 2 / 3),
     }
     for name, parts in weights.items():
         yield Variant("g", name, partial(_across_layers, weights=parts))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from variants.catalogue import DEFAULT, FULL, IDEAS, Variant
+from variants.catalogue import DEFAULT, FULL, IDEAS, NOTES, Variant
 from variants.trial import Floats
 
 Key = tuple[str, float]  # variant, budget
@@ -75,6 +75,8 @@ def tables(outcome: Outcome, ran: Sequence[Variant], budgets: Sequence[float], l
     lines = []
     for letter in letters:
         lines += [f"## ({letter}) {IDEAS[letter]}", ""]
+        if letter in NOTES:
+            lines += [NOTES[letter], ""]
         shown = [variant for variant in ran if variant.name == DEFAULT or letter in variant.letters]
         for metric, title in enumerate(("exact match", "digits")):
             lines += [f"| {title} | {head} |", ruler]
@@ -94,9 +96,7 @@ def explanation(outcome: Outcome, about: dict[str, object]) -> str:
 Per cent, the mean over the tasks, mode S: exact match of the whole answer, and the share of its digits that
 are right. The full cache has {100 * full[0]:.1f} and {100 * full[1]:.1f}. A row changes only what it names.
 In brackets the paired difference to the default and its standard error over the samples; ▲ and ▼ where it
-exceeds two of them, which one cell in twenty does by chance. In (e) and (f) a method with a slot is compared
-with the same method without. In (d) the tokens before the prune come from the full cache, digits among them
-from the third token of most answers on.
+exceeds two of them, which one cell in twenty does by chance.
 """
 
 

@@ -39,24 +39,25 @@ class Past:
 
 @dataclass(frozen=True)
 class Grid:
-    """Images: the highest score of the `rows` x `columns` cells around a key. Text: as :class:`Past`.
+    """Images: the highest score of the cells around a key. Text: as :class:`Past`.
 
     Attributes
     ----------
-    rows, columns : int
-        Odd.
+    rows, columns : tuple of int
+        First and last offset, 0 between them.
     """
 
-    rows: int
-    columns: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
 
     def __call__(self, scores: Tensor, modality: Tensor) -> Tensor:
-        down, right = torch.meshgrid(_around(self.rows), _around(self.columns), indexing="ij")
-        down, right = down.flatten(), right.flatten()
+        (top, bottom), (left, right) = self.rows, self.columns
+        down = torch.arange(top, bottom + 1).repeat_interleave(right - left + 1)
+        along = torch.arange(left, right + 1).repeat(bottom - top + 1)
         cell = _runs(modality)[1] % CELLS
-        row, column = cell[..., None] // GRID + down, cell[..., None] % GRID + right
+        row, column = cell[..., None] // GRID + down, cell[..., None] % GRID + along
         allowed = (row >= 0) & (row < GRID) & (column >= 0) & (column < GRID)
-        around = _highest(scores, down * GRID + right, allowed)
+        around = _highest(scores, down * GRID + along, allowed)
         return torch.where(modality[:, None] > 0, around, Past()(scores, modality))
 
 
@@ -79,10 +80,6 @@ class WholeImage:
         best = _highest(smooth, offsets, (cell >= 0) & (cell < CELLS))
         shared = (1 - self.weight) * smooth + self.weight * best
         return torch.where(modality[:, None] > 0, shared, smooth)
-
-
-def _around(width: int) -> Tensor:
-    return torch.arange(-(width // 2), width // 2 + 1)
 
 
 def _runs(modality: Tensor) -> tuple[Tensor, Tensor]:
