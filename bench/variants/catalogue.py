@@ -129,6 +129,8 @@ def hops() -> Iterable[Variant]:
         "hop of each head": Asking(per_head=True),
         "two hops": Asking(times=2),
         "hop split by modality": Asking(split=True),
+        "hop of half the weight": Asking(weight=0.5),
+        "hop of a quarter of the weight": Asking(weight=0.25),
     }
     for name, asking in askings.items():
         yield Variant("c", name, partial(_asking, asking=asking))

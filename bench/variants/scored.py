@@ -29,12 +29,15 @@ class Asking:
         How often what was found is asked in turn.
     split : bool
         Half of the hop's weight goes to keys of the asking token's modality, half to the others.
+    weight : float
+        Of what is found, against what the window attends to.
     """
 
     causal: bool = False
     per_head: bool = False
     times: int = 1
     split: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class ScoredSelection(Selection):
                 found = (shares((given * same).sum(2)) + shares((given * ~same).sum(2))) / 2
             else:
                 found = shares(given.sum(2))
-            total = total + found
+            total = total + asking.weight * found
         return total
 
     def asked(self, layer: Layer, place: Tensor) -> Tensor:

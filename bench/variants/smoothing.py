@@ -10,27 +10,25 @@ from torch import Tensor
 
 from csp_ext.evaluation.render import CELLS, GRID
 
+BEFORE = 3  # keys that "past" looks back at, as the default does
 # Takes the candidates' scores [B, H, N], at least 0, and their modality [B, N].
 Smoothing = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Past:
-    """The highest score of a key and the `before` keys before it.
+    """The highest score of a key and the 3 keys before it.
 
     Attributes
     ----------
-    before : int
-        Keys looked back at.
     within_run : bool
         Only as far as the modality stays the same, as the package does.
     """
 
-    before: int = 3
     within_run: bool = True
 
     def __call__(self, scores: Tensor, modality: Tensor) -> Tensor:
-        offsets = torch.arange(-self.before, 1)
+        offsets = torch.arange(-BEFORE, 1)
         run, _ = _runs(modality)
         other = run[:, _neighbours(offsets, run.shape[1])[0]]  # [B, N, K]
         allowed = other == run[..., None] if self.within_run else torch.ones_like(other, dtype=torch.bool)
