@@ -36,6 +36,7 @@ from csp_ext.evaluation.items import Draft, Problem
 from csp_ext.evaluation.milebench import read_datasets, write_dataset
 from csp_ext.evaluation.processes import Processes
 from csp_ext.evaluation.results import compare, mcnemar, mean, retention
+from csp_ext.evaluation.rivals import rivalry
 from csp_ext.evaluation.runner import Settings, keys, run
 from csp_ext.evaluation.store import RECORDS, Store, key_of
 from csp_ext.evaluation.suite import write_suite
@@ -433,10 +434,41 @@ def test_tables_hold_the_numbers(tmp_path):
     assert (suite["score"], suite["kept"], suite["difference"]) == ("0.625", "0.2", "-0.25")
     assert float(suite["p"]) == 0.5
     assert lines[0]["p"] == ""
-    write_markdown(tmp_path / "t.md", results, "Title", "aware")
+    write_markdown(tmp_path / "t.md", results, "Title", "aware", None)
     text = (tmp_path / "t.md").read_text()
     assert "| csp | 20 % | 20.0% | 62.5 ± 12.5 | 71.4% | 0.500 | 25.0 | 100.0 |" in text
     assert "| csp 20 % | 25.0 ± 25.0 | 100.0 ± 0.0 |" in text
+
+
+def test_rivals_are_compared_at_equal_budgets(tmp_path):
+    records = two_arms([1, 1, 1, 0], [1, 1, 1, 0]) + two_arms([1, 1], [0, 1], dataset="B")
+    ours = [record for record in records if record["name"] == "csp"]
+    wrong = {("A", 0), ("A", 1), ("B", 1)}
+    records += [
+        record | {"name": name, "arm": f"{name} 20 %", "score": float((record["dataset"], at) not in wrong)}
+        for name in ("h2o", "csp-union")
+        for at, record in zip([0, 1, 2, 3, 0, 1], ours, strict=True)
+    ]
+    found = rivalry(records, "csp")
+    assert found is not None
+    # A: 1 1 1 0 against 0 0 1 1; B: 0 1 against 1 0.
+    assert list(found.differences) == [("h2o", 0.2)]
+    gap = found.differences["h2o", 0.2]
+    assert (gap.value, gap.better, gap.worse) == (0.125, 3, 2)
+    assert found.first == {0.2: (2, 2)}
+    head, lines = found.lines()
+    assert head == ["csp minus", "20 %"]
+    assert lines[0][0] == "h2o"
+    assert lines[0][1].startswith("+12.5 ± ")
+    assert lines[1] == ["first or tied", "2 of 2"]
+    assert rivalry([record for record in records if record["name"] != "h2o"], "csp") is None
+    # One sample more is a tie, all of them are not.
+    close = [record | {"score": 1.0} if record["name"] == "h2o" else record for record in records]
+    assert rivalry(close, "csp").first == {0.2: (2, 2)}
+    far = [record | {"score": 0.0} if record["name"] == "csp" else record for record in close]
+    assert rivalry(far, "csp").first == {0.2: (0, 2)}
+    write_markdown(tmp_path / "t.md", rows(records), "Title", "aware", found)
+    assert "| h2o | +12.5" in (tmp_path / "t.md").read_text()
 
 
 def invoke(*arguments):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from csp_ext.evaluation.tables import Row
 
 QUICK_SAMPLES = 16
+OURS = "csp"  # compared with all others
 SHOWN_PROBLEMS = 20
 LEFT_OUT = 3  # exit code
 
@@ -134,14 +135,15 @@ def evaluate(
 def _report(store: Store, request: Request, problems: list[dict[str, Any]], as_json: bool) -> None:
     """Write the tables and the picture, and show the results."""
     from csp_ext.evaluation import chart, tables
+    from csp_ext.evaluation.rivals import rivalry
 
     records = store.records()
     if not records:
         raise UserError(f"no sample could be used; the first problem is {_line(problems[0])}")
     results, protocol = tables.rows(records), request.settings.protocol
-    title = _title(request, records)
+    title, rivals = _title(request, records), rivalry(records, OURS)
     try:
-        tables.write_markdown(store.folder / "table.md", results, title, protocol)
+        tables.write_markdown(store.folder / "table.md", results, title, protocol, rivals)
         tables.write_csv(store.folder / "table.csv", results)
         chart.draw(store.folder / "chart.png", results, title)
     except OSError as error:
@@ -151,6 +153,8 @@ def _report(store: Store, request: Request, problems: list[dict[str, Any]], as_j
         return
     console = stdout()
     console.print(tables.terminal(results, title, protocol))
+    if rivals is not None:
+        console.print(rivals.terminal())
     if problems:
         console.print(_problem_table(problems))
     console.print(f"Results are in {store.folder}")

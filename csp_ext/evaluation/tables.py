@@ -26,6 +26,8 @@ from csp_ext.evaluation.results import (
     one_protocol,
     retention,
 )
+from csp_ext.evaluation.rivals import LEGEND as RIVALS
+from csp_ext.evaluation.rivals import Rivalry
 
 SUITE, GROUP, DATASET = "suite", "group", "dataset"
 PROTOCOL = {
@@ -194,14 +196,19 @@ def terminal(results: Sequence[Row], title: str, protocol: str) -> Table:
     return table
 
 
-def write_markdown(path: Path, results: Sequence[Row], title: str, protocol: str) -> None:
-    """Write the table, and one of the data sets below it."""
+def write_markdown(
+    path: Path, results: Sequence[Row], title: str, protocol: str, rivals: Rivalry | None
+) -> None:
+    """Write the table, below it the one of the rivals, and one of the data sets."""
     head, lines = _wide(results)
     names = list(dict.fromkeys(row.of for row in results if row.scope == DATASET))
     cell = {(row.arm, row.of): with_error(row.mean) for row in results if row.scope == DATASET}
     arms = list(dict.fromkeys(row.arm for row in results))
     detail = [[arm, *(cell.get((arm, name), "-") for name in names)] for arm in arms]
     text = [f"# {title}", "", f"{PROTOCOL[protocol]}. {LEGEND}", "", *_markdown(head, lines), ""]
+    if rivals is not None:
+        text += [f"## {rivals.name} against the others", "", RIVALS.format(name=rivals.name), ""]
+        text += [*_markdown(*rivals.lines()), ""]
     text += ["## Data sets", "", *_markdown(["arm", *names], detail), ""]
     with replacing(path) as temporary:
         temporary.write_text("\n".join(text), encoding="utf-8")
