@@ -142,7 +142,7 @@ class Dots:
 
 def draw_dots(rows: Sequence[str], series: Sequence[Dots], path: Path, title: str, x: str, note: str) -> None:
     """Draw a dot with its standard error per row and series, the rows from top to bottom."""
-    step = 0.72 / max(1, len(series) - 1) if len(series) > 1 else 0.0
+    step = 0.72 / max(3, len(series) - 1)
     height = 0.8 + len(rows) * max(0.34, 0.15 * len(series))
     with _sheet(7.2, height, path, title, note, [dots.name for dots in series]) as (figure, legend):
         place = figure.subplots()
