@@ -18,6 +18,7 @@ from csp_ext.evaluation.batches import batches
 from csp_ext.evaluation.checkpoint import NEW_TOKENS
 from csp_ext.evaluation.encoding import Encoder, Ready, annotation
 from csp_ext.evaluation.items import Dataset, Item, Problem
+from csp_ext.evaluation.memory import give_back
 from csp_ext.evaluation.metrics import METRICS
 from csp_ext.evaluation.settings import PROTOCOLS, Settings
 from csp_ext.evaluation.store import Key, Store
@@ -96,6 +97,7 @@ def run(
                 rows = _Batch(encoder, handle, settings, seed, dataset)
                 records = list(rows.records(batch, arms))
                 store.add(records, seed, dataset.name, rows.problems)
+                give_back()
             done += len(batch) * len(arms)
             progress(done, total)
 

@@ -11,7 +11,6 @@ from typing import Any
 from csp_ext.demo.console import UserError
 from csp_ext.evaluation.arms import Arm
 from csp_ext.evaluation.facts import run_facts
-from csp_ext.evaluation.memory import give_back
 from csp_ext.evaluation.results import Mean, Record, groups, labels, mean
 from csp_ext.evaluation.runner import keys, run
 from csp_ext.evaluation.store import Store
@@ -52,12 +51,7 @@ def answered(request: Request, subject: Subject, arms: Sequence[Arm], tell: Tell
     # Other settings, another folder: what was measured before is never in the way.
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
     store = Store(request.out / RECORDS / digest, described, run_facts(), resume=True)
-
-    def advance(done: int, total: int) -> None:
-        give_back()
-        tell(done, total)
-
-    run(subject.model, subject.processor, request.datasets, arms, request.settings, store, advance)
+    run(subject.model, subject.processor, request.datasets, arms, request.settings, store, tell)
     store.finish(keys(request.datasets, arms))
     records = store.records()
     if not records:
