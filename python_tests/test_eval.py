@@ -373,6 +373,13 @@ def two_arms(full, pruned, **fields):
     return records + [record("csp 20 %", score, at, **fields) for at, score in enumerate(pruned)]
 
 
+def test_an_arm_that_cannot_be_measured_is_refused():
+    with pytest.raises(ValueError, match="delay must be 0"):
+        Arm("late", "csp", 0.2, {"delay": 2})
+    with pytest.raises(ValueError, match="method must be one of .*, got 'snap'"):
+        Arm("snap", "snap", 0.2)
+
+
 def test_means_and_differences():
     records = two_arms([1, 1, 1, 0], [1, 0, 0, 1]) + two_arms([1, 1], [1, 1], dataset="B", group="h")
     assert mean(records, "full").value == pytest.approx((0.75 + 1) / 2)

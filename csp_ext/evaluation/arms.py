@@ -46,7 +46,8 @@ class Arm:
         if self.method not in METHOD_NAMES:
             raise ValueError(f"method must be one of {', '.join(METHOD_NAMES)}, got {self.method!r}")
         slots_of(self.budget, 1)
-        self.make(1000)
+        if self.make(1000).delay:
+            raise ValueError("delay must be 0 here: an evaluation prunes every method after the same tokens")
 
     @property
     def label(self) -> str:
