@@ -376,7 +376,7 @@ def two_arms(full, pruned, **fields):
 def test_an_arm_that_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match="delay must be 0"):
         Arm("late", "csp", 0.2, {"delay": 2})
-    with pytest.raises(ValueError, match="method must be one of .*, got 'snap'"):
+    with pytest.raises(ValueError, match=r"method must be one of .*, got 'snap'"):
         Arm("snap", "snap", 0.2)
 
 

@@ -67,7 +67,7 @@ def table1(request: Request, tell: Tell) -> Finding:
         draw_dots(list(scores), _dots(arms, scores), path, title, "score x 100", caption)
 
     head = ["method", *scores, f"- {OWN}", "p"]
-    return Finding(title, head, rows, plain(records, source="measured"), draw, notes)
+    return Finding(title, head, rows, plain(records), draw, notes)
 
 
 def _dots(arms: Sequence[Arm], scores: dict[str, Any]) -> list[Dots]:

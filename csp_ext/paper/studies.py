@@ -45,5 +45,5 @@ STUDIES = {
     "fig4": Study(attention.fig4),
     "fig5": Study(sweeps.fig5, (0.2,)),
     "fig6": Study(sweeps.fig6, (0.2,)),
-    "fig7": Study(methods.fig7, (0.05, 0.1, 0.2, 0.4, 0.6, 0.8), samples=(32, 4)),
+    "fig7": Study(methods.fig7, (0.05, 0.1, 0.2, 0.4, 0.6, 0.8), samples=(24, 2)),
 }
