@@ -16,6 +16,7 @@ POOL = ("none", "max", "past", "avg")
 TEXT_ONLY = ("prune", "leave")
 
 EVEN = 0.5
+HOP_MOST = 64  # tokens that a share may ask for, so that their scores cost what a window of 64 costs
 # what the release does at cross_ratio <= 0, whatever the budget (METHODS A.2)
 RELEASE_ZERO_K_SELF = 308
 RELEASE_ZERO_K_CROSS = 1
@@ -126,8 +127,8 @@ class CSPConfig:
         Odd width of the smoothing; "past" takes its first half and the key itself.
     hop : float or int
         How many of the tokens that the window attends to most are asked in turn what they attend to: evidence
-        that only other evidence names. A float is a share of the slots that are not recent ones, an int a
-        number of tokens, 0 none. Only tokens whose queries are at hand are asked.
+        that only other evidence names. A float is a share of the slots that are not recent ones, at most 64
+        tokens, an int a number of tokens, 0 none. Only tokens whose queries are at hand are asked.
     delay : int
         How many tokens ``generate()`` appends to the prompt before pruning; they are kept, and their queries
         join the window. Until then the cache is whole.
@@ -304,7 +305,7 @@ class CSPConfig:
             prune_from = budget
         hop = self.hop
         if isinstance(hop, float):
-            hop = math.ceil(hop * (budget - recent))
+            hop = min(HOP_MOST, math.ceil(hop * (budget - recent)))
         return ResolvedConfig(
             self, length, budget, recent, window, self.k_self, self.k_cross, prune_from, hop
         )

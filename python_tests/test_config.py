@@ -136,6 +136,19 @@ def test_budget(budget, length, slots):
     assert resolved.keeps_all == (length <= slots)
 
 
+@pytest.mark.parametrize(
+    ("hop", "budget", "asked"), [(0.45, 69, 28), (0.45, 600, 64), (100, 69, 100), (0, 69, 0), (0.45, 8, 0)]
+)
+def test_a_share_of_hop_tokens_is_bounded(hop, budget, asked):
+    assert CSPConfig(hop=hop, budget=budget).resolve(1000).hop == asked
+
+
+def test_a_delay_adds_what_is_generated():
+    resolved = CSPConfig(budget=0.2, delay=3).resolve(103)
+    assert (resolved.budget, resolved.recent, resolved.window) == (23, 11, 11)
+    assert resolved.hop == CSPConfig(budget=0.2).resolve(100).hop
+
+
 def test_the_paper_halves_its_budget():
     resolved = CSPConfig.paper(budget=41).resolve(100)
     assert (resolved.window, resolved.recent, resolved.budget) == (20, 20, 41)
@@ -284,6 +297,24 @@ def test_the_last_queries_are_enough(impl):
         select_tokens(query[:, :, -9:], key, modality, config)
     with pytest.raises(TypeError, match="config must be a CSPConfig, got dict"):
         select_tokens(query, key, modality, config.to_dict())
+
+
+def test_the_hop_finds_what_only_the_evidence_points_at(impl):
+    """The window looks at 10, and 10 at 4 and at 20, which comes after it."""
+    query, key = torch.zeros(1, 2, 30, 8), torch.zeros(1, 2, 30, 8)
+    query[:, :, 29, 0] = key[:, :, 10, 0] = 8
+    query[:, :, 10, 1] = key[:, :, 4, 1] = key[:, :, 20, 1] = 8
+    modality = modality_of([I] * 6 + [T] * 24)
+    config = CSPConfig(budget=5, window=1, recent=2, pool="none", hop=1)
+    found, _ = select_tokens(query, key, modality, config)
+    assert found.tolist() == [[[4, 10, 20, 28, 29]] * 2]
+    alone, _ = select_tokens(query, key, modality, config.replace(hop=0))
+    assert alone.tolist() == [[[10, 26, 27, 28, 29]] * 2]
+    # Its query is not at hand: nobody can ask it.
+    short, _ = select_tokens(query[:, :, -15:], key, modality, config)
+    assert torch.equal(short, alone)
+    for rule in ("union", "intersection"):
+        assert 10 in select_tokens(query, key, modality, config.replace(combine=rule))[0][0, 0].tolist()
 
 
 def test_a_large_budget_keeps_every_row_whole(impl):
