@@ -524,6 +524,8 @@ def test_the_command_writes_everything(tmp_path):
         (("--model", "missing-folder"), "missing-folder"),
         (("--data", "missing-folder"), "missing-folder is not a folder"),
         (("--data", ".", "--seed", "1", "--seed", "2"), "several seeds"),
+        (("--adversarial",), "no adversarial annotations"),
+        (("--combined", "2"), "no combined images"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, options, said):
@@ -533,6 +535,25 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, options, said):
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_other_annotations_of_a_root(tmp_path):
+    root = tmp_path / "data"
+    for at, name in enumerate(("plain", "adversarial")):
+        draft = Draft("{image#1} ask photo ada say", name, (Image.new("RGB", (32, 32)),))
+        file = write_dataset(tmp_path / name, "Toy", [draft], question_type="open-ended", metric="contains")
+        target = root / "Toy" / ("Toy.json", "Toy-adv.json")[at]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    (tmp_path / "plain" / "Toy" / "images").rename(root / "Toy" / "images")
+    for options, expected in (((), "plain"), (("--adversarial",), "adversarial")):
+        out = tmp_path / f"out-{expected}"
+        result = invoke("--data", root, "--out", out, "--method", "full", "--max-new-tokens", 2, *options)
+        assert result.exit_code == 0, result.output
+        assert json.loads((out / "records.jsonl").read_text())["reference"] == expected
+    result = invoke("--data", root, "--out", tmp_path / "none", "--method", "full", "--combined", 2)
+    assert result.exit_code == 2
+    assert "Toy_combined_2.json" in result.stderr
 
 
 def test_broken_data_are_left_out_and_listed(tmp_path):

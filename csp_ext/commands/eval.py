@@ -65,6 +65,12 @@ def evaluate(
         str, typer.Option(help="aware: methods see the question; agnostic: they prune before it comes.")
     ] = "aware",
     template: Annotated[str, typer.Option(help="plain, milebench or chat.")] = "plain",
+    adversarial: Annotated[
+        bool, typer.Option("--adversarial", help="Take MileBench's adversarial annotations.")
+    ] = False,
+    combined: Annotated[
+        int, typer.Option(help="Take MileBench's images combined into so many; 0: one by one.", min=0)
+    ] = 0,
     context_len: Annotated[
         int | None,
         typer.Option(help="Cut longer contexts to so many tokens; default: what the model has room for."),
@@ -115,6 +121,8 @@ def evaluate(
             device=device,
             dtype=dtype,
             threads=threads,
+            adversarial=adversarial,
+            combined=combined,
             resume=resume,
         )
         quiet()

@@ -40,6 +40,10 @@ class Request:
         Folder of the results.
     data : Path or None
         A MileBench root; None: the generated suite, written into `out`.
+    adversarial : bool
+        Whether to take the adversarial annotations of the root.
+    combined : int
+        Into how many images each sample's were combined in the root; 0: not at all.
     datasets : tuple of str
         Which data sets, or tasks of the suite; empty: all.
     samples : int or None
@@ -63,6 +67,8 @@ class Request:
     budgets: tuple[float | int, ...]
     settings: Settings
     data: Path | None = None
+    adversarial: bool = False
+    combined: int = 0
     datasets: tuple[str, ...] = ()
     samples: int | None = None
     model: Path | None = None
@@ -98,6 +104,8 @@ def evaluate(request: Request, progress: Callable[[int, int], None]) -> Store:
         raise UserError(str(error)) from error
     if request.data is not None and len(request.settings.seeds) > 1:
         raise UserError("several seeds draw several suites, but the data are given; name one seed")
+    if request.data is None and (request.adversarial or request.combined):
+        raise UserError("the generated suite has no adversarial annotations and no combined images")
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     place = checkpoint.device_of(request.device)
@@ -118,6 +126,8 @@ def evaluate(request: Request, progress: Callable[[int, int], None]) -> Store:
     described = {
         "model": "embedded" if request.model is None else str(request.model.resolve()),
         "data": "generated" if request.data is None else str(request.data.resolve()),
+        "adversarial": request.adversarial,
+        "combined": request.combined,
         "datasets": [dataset.name for dataset in datasets[settings.seeds[0]]],
         "samples": request.samples,
         "arms": [asdict(arm) for arm in arms],
@@ -160,7 +170,9 @@ def _read(request: Request, seed: int) -> tuple[list[Dataset], list[Problem]]:
     names: Sequence[str] | None = request.datasets or None
     if request.data is None:
         return read_datasets(_suite(request, seed), _tasks(request))
-    datasets, problems = read_datasets(request.data, names)
+    datasets, problems = read_datasets(
+        request.data, names, adversarial=request.adversarial, combined=request.combined
+    )
     if not datasets:
         raise UserError(f"no sample in {request.data} can be used; the first problem is {problems[0]}")
     return [replace(dataset, samples=dataset.samples[: request.samples]) for dataset in datasets], problems
