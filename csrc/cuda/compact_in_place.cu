@@ -47,34 +47,34 @@ class Slice {
   CSP_DEVICE int32_t move_tile(int64_t first, int64_t end) {
     const auto slots = static_cast<uint32_t>(end - first);
     const auto slice_units = static_cast<uint32_t>(cut_.slice_units);
-    const auto at = [](int i) { return static_cast<uint32_t>(i * kCompactThreads + thread()); };
+    const auto at = [](int i) { return static_cast<uint32_t>(i * kCompactInPlaceThreads + thread()); };
     const auto slot_of = [&](int i) { return at(i) * cut_.reciprocal >> kCompactShift; };
     const auto unit_of = [&](int i) { return at(i) - slot_of(i) * slice_units; };
     const auto here = [&](int i) { return slot_of(i) < slots && unit_of(i) < units_; };
 
-    uint32_t index[kCompactInFlight];  // that of a free slot is larger than any key
+    uint32_t index[kCompactInPlaceInFlight];  // that of a free slot is larger than any key
     CSP_UNROLL
-    for (int i = 0; i < kCompactInFlight; ++i)
+    for (int i = 0; i < kCompactInPlaceInFlight; ++i)
       index[i] = static_cast<uint32_t>(here(i) ? load_readonly<1>(indices_ + (first + slot_of(i)))[0] : -1);
 
     int32_t left = -1;
-    bool stores[kCompactInFlight];
-    Vec<W, N> data[kCompactInFlight];
+    uint32_t stores = 0;  // a bit for each unit
+    Vec<W, N> data[kCompactInPlaceInFlight];
     CSP_UNROLL
-    for (int i = 0; i < kCompactInFlight; ++i) {
+    for (int i = 0; i < kCompactInPlaceInFlight; ++i) {
       const auto slot = static_cast<uint32_t>(first) + slot_of(i);
-      const bool free = index[i] >= keys_, moves_left = !free && index[i] > slot;
-      const bool loads = kRight ? index[i] < slot : moves_left;
-      stores[i] = here(i) && (loads || (kRight && free));
+      const bool free = index[i] >= keys_;
+      const bool loads = kRight ? index[i] < slot : !free && index[i] > slot;
+      if (here(i) && (loads || (kRight && free))) stores |= 1u << i;
       if (here(i) && (free || index[i] < slot)) left = static_cast<int32_t>(slot);
       data[i] = {};
-      if (stores[i] && !free) data[i] = load_streaming<N>(as<W>(place(index[i], unit_of(i))));
+      if (here(i) && loads) data[i] = load_streaming<N>(as<W>(place(index[i], unit_of(i))));
     }
     sync_block();
 
     CSP_UNROLL
-    for (int i = 0; i < kCompactInFlight; ++i)
-      if (stores[i]) store_vec<N>(as<W>(place(first + slot_of(i), unit_of(i))), data[i]);
+    for (int i = 0; i < kCompactInPlaceInFlight; ++i)
+      if (stores >> i & 1) store_vec<N>(as<W>(place(first + slot_of(i), unit_of(i))), data[i]);
     return left;
   }
 
@@ -130,7 +130,7 @@ CSP_DEVICE void move_cache(const CompactInPlaceArguments& a, const Cache& cache,
 }
 
 // Keys first, then values.
-CSP_KERNEL(kCompactThreads, 6)
+CSP_KERNEL(kCompactInPlaceThreads, 4)
 void compact_in_place_kernel(const CompactInPlaceArguments a) {
   CSP_SHARED(int32_t, last, 1);
   const auto block = static_cast<uint32_t>(block_x());
@@ -163,7 +163,7 @@ CudaStatus compact_in_place_cuda(const CompactParams& p, const CudaContext& cont
       cache_of(p, p.value_out, p.value_stride, p.value_dim, context.device)};
   LaunchShape shape;
   shape.x = arguments.key.cut.blocks + arguments.value.cut.blocks;
-  shape.threads = kCompactThreads;
+  shape.threads = kCompactInPlaceThreads;
   if (shape.x == 0) return {};
   return CSP_LAUNCH(context, shape, compact_in_place_kernel, arguments);
 }

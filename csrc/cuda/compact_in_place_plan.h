@@ -9,6 +9,9 @@ namespace csp {
 // The columns of a cache know nothing of each other, so a row is cut into slices, and a block moves one slice
 // of all rows of one head: nobody else reads or writes there. It goes through them tile by tile, at most
 // kCompactUnits vectors ("units") each, all loads of a tile before its first store.
+constexpr int kCompactInPlaceThreads = 256;
+constexpr int kCompactInPlaceInFlight = kCompactUnits / kCompactInPlaceThreads;
+
 struct CompactInPlaceCut {
   int unit_bytes = 16;      // 16, 8, 4, 2 or 1
   int64_t row_units = 0;    // of one row
