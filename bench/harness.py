@@ -223,8 +223,9 @@ class Bench:
         *,
         variants: dict[str, Side] | None = None,
         targets: Sequence[Target] = (),
+        memory: bool = False,
     ) -> None:
-        """Measure one problem, our side, its `variants` and the peers in turn."""
+        """Measure one problem, our side, its `variants` and the peers in turn; `memory`: what each takes."""
         clock, unit, scale = self.clock, self.clock.unit, self.clock.scale
         variants = variants or {}
         times = interleave({"csp": ours, **variants, **peers}, self.repeats, clock)
@@ -246,6 +247,9 @@ class Bench:
         row["MB"] = moved / 1e6
         row["GFLOP"] = plan["flops"] / 1e9
         row["scratch MiB"] = plan["workspace_bytes"] / 2**20
+        if memory:
+            for name, side in {"csp": ours, **variants, **peers}.items():
+                row[f"{name} new MiB"] = clock.new_bytes(side) / 2**20
         row["bound"] = "copy" if by_copy >= by_matrix else "matrix"
         row[f"bound {unit}"] = max(by_copy, by_matrix) * scale
         row["of bound"] = max(by_copy, by_matrix) / mine

@@ -11,8 +11,8 @@ from csp_ext.ops._call import call, same_device
 def compact_(key: Tensor, value: Tensor, indices: Tensor) -> None:
     """Move the rows that `indices` names to the front of a cache, bit for bit, without a second cache.
 
-    Afterwards ``key[:, :, :T]`` and ``value[:, :, :T]`` equal the results of :func:`csp_ext.compact`; the other
-    slots stay as they are.
+    Afterwards ``key[:, :, :T]`` and ``value[:, :, :T]`` equal the results of :func:`csp_ext.compact`; the
+    other slots stay as they are.
 
     Parameters
     ----------
