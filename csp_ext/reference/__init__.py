@@ -2,7 +2,8 @@
 
 Every function has the name and the arguments of its op in :mod:`csp_ext.ops`. Arithmetic is float64 whatever
 the input dtype and floating results are returned in float64; ``compact`` and ``compact_`` copy in the input's
-dtype, indices and lengths are int32, masks are bool. The twins aim at being obviously right, not at being fast.
+dtype, indices and lengths are int32, masks are bool. The twins aim at being obviously right, not at being
+fast.
 """
 
 from __future__ import annotations
