@@ -193,6 +193,16 @@ def test_autograd_notices_that_a_saved_cache_changed(device):
         loss.backward()
 
 
+def test_inference_mode_and_caches_made_in_it(device):
+    key, value, indices = problem(device=device)
+    with torch.inference_mode():
+        assert_compacts(key.clone(), value.clone(), indices)
+        made = key.clone()
+        assert_compacts(made, value, indices)
+    assert value._version == 1
+    assert_compacts(made, value.clone(), indices)
+
+
 # ---- errors ----
 
 
