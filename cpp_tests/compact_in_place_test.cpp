@@ -27,7 +27,9 @@ class CompactInPlace : public ::testing::TestWithParam<const char*> {
 // A cache whose first byte is on a cache line.
 struct Cache {
   explicit Cache(size_t size) : bytes(size), memory(size) {}
-  Cache(const Cache& other) : Cache(other.bytes) { std::memcpy(memory.get(), other.memory.get(), bytes); }
+  Cache(const Cache& other) : Cache(other.bytes) {
+    if (bytes > 0) std::memcpy(memory.get(), other.memory.get(), bytes);
+  }
   unsigned char* data() const { return static_cast<unsigned char*>(memory.get()); }
   bool operator==(const Cache& other) const {
     return bytes == other.bytes && (bytes == 0 || std::memcmp(data(), other.data(), bytes) == 0);
@@ -92,6 +94,7 @@ struct Problem {
  private:
   void compare(const Cache& before, const Cache& after, const Strides& stride, int64_t dim,
                const char* name) const {
+    if (before.bytes == 0) return;
     const auto bytes = static_cast<size_t>(dim * params.element_bytes);
     const std::vector<unsigned char> zeros(bytes);
     const auto row = [&](const Cache& cache, int64_t b, int64_t h, int64_t t) {
