@@ -292,7 +292,7 @@ class Bench:
 
 
 def columns(rows: list[Row]) -> list[str]:
-    """Return the columns of a table: those of any row, without the zeros, new memory aside, and the targets."""
+    """Return the columns of a table: those of any row but the targets, and but zeros, new memory aside."""
     names = dict.fromkeys(name for row in rows for name in row if name != "targets")
     says = {name: any(row.get(name, "-") not in (0, "-") for row in rows) for name in names}
     return [name for name in names if says[name] or name.endswith("new MiB")]
