@@ -93,7 +93,7 @@ class Slice {
   Global<const int32_t> indices_;
 };
 
-// The order of compact_in_place.h. A tile's stores wait for its own loads; those of later tiles never read
+// The order of compact_in_place.h. A tile's stores wait for its own loads only: no later tile reads
 // what it wrote. `last` is one word of shared memory.
 template <typename W, int N>
 CSP_DEVICE void move_slice(const CompactInPlaceArguments& a, const Cache& cache, uint32_t block,
