@@ -1,4 +1,4 @@
-"""compact against torch's gather and cat, and against plain copies of as many bytes."""
+"""compact against torch's gather and cat, and plain copies of as many bytes; compact_ against compact."""
 
 from __future__ import annotations
 
@@ -55,6 +55,14 @@ def measure(bench: Bench, problem: Problem) -> None:
         },
         plan,
         targets=[copy_share(0.85)] if problem.batch >= 8 else [],
+    )
+    # every round moves what the last one left behind: as many rows by as many slots
+    bench.row(
+        f"{problem.case}, in place",
+        lambda: csp_ext.compact_(key, value, narrow),
+        {"compact": lambda: csp_ext.compact(key, value, narrow)},
+        plan,
+        memory=True,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +35,9 @@ class Clock(Protocol):
     def sample(self, side: Side, prepared: float) -> float:
         """Return the seconds of one call."""
 
+    def new_bytes(self, side: Side) -> int:
+        """Return the most bytes that one call holds beside what was there before, its results among them."""
+
 
 class CpuClock:
     """The wall clock around a call."""
@@ -48,6 +52,15 @@ class CpuClock:
         begin = time.perf_counter()
         side()
         return time.perf_counter() - begin
+
+    def new_bytes(self, side: Side) -> int:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as record:
+            _results = side()
+        events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 class CudaClock:
@@ -94,6 +107,12 @@ class CudaClock:
         for _ in range(min(100, 2 + int(prepared / self._flush_s))):
             self._flush()
         return self._between(side)
+
+    def new_bytes(self, side: Side) -> int:
+        self._cuda.reset_peak_memory_stats()
+        before = self._cuda.memory_allocated()
+        side()
+        return self._cuda.max_memory_allocated() - before
 
     def graph(self, side: Side, calls: int = 20, repeats: int = 10) -> float | None:
         """Return the seconds a call takes among many in a CUDA graph, caches warm; None if not captured."""

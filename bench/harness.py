@@ -223,8 +223,9 @@ class Bench:
         *,
         variants: dict[str, Side] | None = None,
         targets: Sequence[Target] = (),
+        memory: bool = False,
     ) -> None:
-        """Measure one problem, our side, its `variants` and the peers in turn."""
+        """Measure one problem, our side, its `variants` and the peers in turn; `memory`: what each takes."""
         clock, unit, scale = self.clock, self.clock.unit, self.clock.scale
         variants = variants or {}
         times = interleave({"csp": ours, **variants, **peers}, self.repeats, clock)
@@ -246,6 +247,9 @@ class Bench:
         row["MB"] = moved / 1e6
         row["GFLOP"] = plan["flops"] / 1e9
         row["scratch MiB"] = plan["workspace_bytes"] / 2**20
+        if memory:
+            for name, side in {"csp": ours, **variants, **peers}.items():
+                row[f"{name} new MiB"] = clock.new_bytes(side) / 2**20
         row["bound"] = "copy" if by_copy >= by_matrix else "matrix"
         row[f"bound {unit}"] = max(by_copy, by_matrix) * scale
         row["of bound"] = max(by_copy, by_matrix) / mine
@@ -288,9 +292,10 @@ class Bench:
 
 
 def columns(rows: list[Row]) -> list[str]:
-    """Return the columns of a table: those of any row, without the zeros and the targets."""
+    """Return the columns of a table: those of any row but the targets, and but zeros, new memory aside."""
     names = dict.fromkeys(name for row in rows for name in row if name != "targets")
-    return [name for name in names if any(row.get(name, "-") not in (0, "-") for row in rows)]
+    says = {name: any(row.get(name, "-") not in (0, "-") for row in rows) for name in names}
+    return [name for name in names if says[name] or name.endswith("new MiB")]
 
 
 def cell(value: object) -> str:

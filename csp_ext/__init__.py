@@ -10,6 +10,7 @@ from csp_ext.config import CSPConfig
 from csp_ext.device import cuda_device
 from csp_ext.ops import (
     compact,
+    compact_,
     decode,
     dual_top_k,
     n_softmax,
@@ -33,6 +34,7 @@ __all__ = [
     "build_info",
     "cmake_prefix_path",
     "compact",
+    "compact_",
     "cpu_capability",
     "cuda_device",
     "cuda_status",

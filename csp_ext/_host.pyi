@@ -22,7 +22,15 @@ class Plan(TypedDict, total=False):
     launches: int  # device="cuda"
 
 Op = Literal[
-    "n_softmax", "segmented_column_sum", "score", "dual_top_k", "select", "compact", "prune", "decode"
+    "n_softmax",
+    "segmented_column_sum",
+    "score",
+    "dual_top_k",
+    "select",
+    "compact",
+    "compact_",
+    "prune",
+    "decode",
 ]
 
 def build_info() -> BuildInfo: ...

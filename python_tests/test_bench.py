@@ -56,6 +56,7 @@ class FakeCuda:
 
     def __init__(self):
         self.now, self.captured, self.flushes = 0.0, None, 0
+        self.held, self.peak = 300, 1000
         fake = self
 
         class Event:
@@ -82,6 +83,15 @@ class FakeCuda:
 
     def synchronize(self):
         pass
+
+    def memory_allocated(self):
+        return self.held
+
+    def reset_peak_memory_stats(self):
+        self.peak = self.held
+
+    def max_memory_allocated(self):
+        return self.peak
 
     def graph(self, graph):
         fake = self
@@ -131,6 +141,18 @@ def test_the_stream_is_kept_busy_while_the_host_issues_a_call(gpu):
     assert cuda.flushes - before == 2
     clock.sample(lambda: None, prepared=1e-3)
     assert cuda.flushes - before > 2 + 1e-3 / 5e-5
+
+
+def test_new_memory_is_the_peak_beyond_what_was_there(gpu):
+    module, clock, cuda = gpu
+
+    def allocates():
+        cuda.peak, cuda.held = max(cuda.peak, cuda.held + 90), cuda.held + 20
+
+    assert clock.new_bytes(allocates) == 90
+    kept = torch.ones(1000)
+    assert module.CpuClock().new_bytes(lambda: (kept + 1).sum()) == pytest.approx(4000, abs=64)
+    assert module.CpuClock().new_bytes(lambda: kept.add_(1)) < 64
 
 
 def test_what_cannot_be_captured_is_said(gpu):

@@ -52,6 +52,7 @@ def problem(
     window_of = {"query": normal(batch, kv_heads * group, window, head_dim), "key": key, "modality": modality}
     rows = torch.randint(-1, max(keys, 0), (batch, kv_heads, BUDGET), generator=generator, dtype=torch.int32)
     start = torch.randint(0, keys // 2 + 1, (batch, kv_heads), generator=generator, dtype=torch.int32)
+    in_order = ascending(batch, kv_heads, keys, generator)
     options: dict[str, Any] = {"budget": BUDGET, "recent": 8, "combine": "calibrated", "pool": "max"}
     tensors, chosen = {
         "n_softmax": ({"logits": normal(batch, kv_heads, window, keys)}, {"n": 1.5}),
@@ -67,6 +68,7 @@ def problem(
         "dual_top_k": (scores, {"k_self": keys // 3, "k_cross": keys // 2, "combine": "union"}),
         "select": ({**scores, "modality": modality, "query_modality": observers}, options),
         "compact": ({"key": key, "value": value, "indices": rows}, {}),
+        "compact_": ({"key": key, "value": value, "indices": in_order}, {}),
         "prune": ({**window_of, "value": value, "query_modality": observers}, options),
         "decode": (
             {
@@ -82,7 +84,22 @@ def problem(
     return {name: tensor.to(device) for name, tensor in tensors.items()}, chosen
 
 
+def ascending(batch: int, heads: int, keys: int, generator: torch.Generator) -> Tensor:
+    """Return [B, H, T] int32: random keys in order behind any number of free slots, T of at most `keys`."""
+    slots = torch.arange(min(BUDGET, keys))
+    kept = torch.rand(batch, heads, keys, generator=generator).argsort(-1)[..., : len(slots)].sort(-1).values
+    free = torch.randint(0, len(slots) + 1, (batch, heads, 1), generator=generator)
+    return kept.gather(-1, (slots - free).clamp_min(0)).masked_fill(slots < free, -1).int()
+
+
 def run(op: str, tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, ...]:
+    if op == "compact_":  # on copies, strides and all: the tensors are wanted as they were
+        caches = tensors["key"], tensors["value"]
+        key, value = (
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in caches
+        )
+        csp_ext.compact_(key.copy_(caches[0]), value.copy_(caches[1]), tensors["indices"])
+        return key, value
     result = getattr(csp_ext, op)(**tensors, **options)
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
@@ -111,7 +128,7 @@ def assert_equals_cpu(op: str, got: tuple[Tensor, ...], tensors: dict[str, Tenso
     for g, w in zip(got, want, strict=True):
         assert g.dtype == w.dtype
         assert g.shape == w.shape
-        if op in ("compact", "dual_top_k"):
+        if op in ("compact", "compact_", "dual_top_k"):
             assert torch.equal(g, w)
         else:
             torch.testing.assert_close(g, w, rtol=RTOL[g.dtype], atol=5e-6)
@@ -221,6 +238,9 @@ def test_offsets_beyond_32_bits(device):
         torch.testing.assert_close(got[..., -seen:], want, rtol=1e-5, atol=1e-30)
         assert not got[..., :-seen].any()
 
+    csp_ext.compact_(cache[..., :64], cache[..., 64:], rows)
+    assert torch.equal(cache[:, :, :seen], last)
+
 
 @pytest.mark.parametrize("op", OPS)
 def test_bits_repeat(device, op):
@@ -241,6 +261,13 @@ def test_values_out_of_range_act_as_none():
         tensors["key"], tensors["value"], torch.where(indices < length, indices, -1).clamp(-1)
     )
     assert_same(got, want)
+
+    tensors, _ = problem("compact_", "cuda")
+    indices = tensors["indices"]
+    odd = torch.tensor([-7, length, 2**31 - 1, -(2**31)], dtype=torch.int32, device="cuda")
+    strange = torch.where(torch.rand(indices.shape, device="cuda") < 0.2, odd[indices % 4], indices)
+    want = run("compact_", {**tensors, "indices": torch.where(strange < length, strange, -1).clamp(-1)}, {})
+    assert_same(run("compact_", {**tensors, "indices": strange}, {}), want)
 
     tensors, _ = problem("decode", "cuda")
     start, capacity = tensors.pop("start"), tensors["key"].shape[2]
@@ -430,6 +457,17 @@ def test_prune_leaves_nothing_but_its_results():
 
 
 @needs_gpu
+def test_compact_in_place_allocates_nothing():
+    tensors, _ = problem("compact_", "cuda", keys=5000)
+    csp_ext.compact_(**tensors)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    csp_ext.compact_(**tensors)
+    assert torch.cuda.memory_stats()["requested_bytes.all.peak"] == before
+
+
+@needs_gpu
 @pytest.mark.parametrize("op", OPS)
 def test_a_device_that_is_not_the_current_one(op):
     if torch.cuda.device_count() < 2:
@@ -459,7 +497,7 @@ def test_tensors_on_two_devices(op, name):
 
 
 @needs_gpu
-@pytest.mark.parametrize("op", [op for op in OPS if op != "compact"])
+@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("compact")])
 def test_float64_is_refused_by_name(op):
     tensors, options = problem(op, "cuda", dtype=torch.float64)
     tensors = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
@@ -496,6 +534,8 @@ csp_ext.decode(query, key, key, ints([0, 5]), ints(5))
 for call in (
     lambda: csp_ext.compact(key, key, ints([[[0, 5]]]).expand(2, 1, 2)),
     lambda: csp_ext.compact(key, key, ints([[[0], [0]], [[0], [-2]]])),
+    lambda: csp_ext.compact_(key, key.clone(), ints([[[0, 5]]]).expand(2, 1, 2)),
+    lambda: csp_ext.compact_(key, key.clone(), ints([[[0, 1]], [[3, 2]]])),
     lambda: csp_ext.decode(query, key, key, ints([0, 6])),
     lambda: csp_ext.decode(query, key, key, ints([[0, -1], [0, 0]])),
     lambda: csp_ext.decode(query, key, key, None, ints(6)),
@@ -510,6 +550,8 @@ for call in (
 COMPLAINTS = [
     "csp::compact: indices must lie in [-1, L = 5), got 5 at [0, 0, 1]",
     "csp::compact: indices must lie in [-1, L = 5), got -2 at [1, 1, 0]",
+    "csp::compact_: indices must lie in [-1, L = 5), got 5 at [0, 0, 1]",
+    "csp::compact_: indices must ascend along T, -1 aside, got 2 too late at [1, 0, 1]",
     "csp::decode: start must be between 0 and the capacity 5, got 6 for row 1, head 0",
     "csp::decode: start must be between 0 and the capacity 5, got -1 for row 0, head 1",
     "csp::decode: end must be between 0 and the capacity 5, got 6",

@@ -15,7 +15,17 @@ import csp_ext
 from csp_ext._library import CPU_LIBRARY, find_library
 
 ROOT = Path(__file__).parent.parent
-OPS = ["n_softmax", "segmented_column_sum", "score", "dual_top_k", "select", "compact", "prune", "decode"]
+OPS = [
+    "n_softmax",
+    "segmented_column_sum",
+    "score",
+    "dual_top_k",
+    "select",
+    "compact",
+    "compact_in_place",
+    "prune",
+    "decode",
+]
 
 CONSUMER_CMAKE = """
 cmake_minimum_required(VERSION 3.24)

@@ -196,6 +196,7 @@ CUDA_SHAPES = {
     "dual_top_k": {"rows": 6, "keys": 300, "k_self": 20, "k_cross": 30, "valid_self": True},
     "select": {"batch": 2, "score_heads": 2, "keys": 300, "window": 20, "budget": 60},
     "compact": {"batch": 2, "num_kv_heads": 2, "keys": 300, "budget": 60, "head_dim": 64},
+    "compact_": {"batch": 2, "num_kv_heads": 2, "keys": 300, "budget": 60, "head_dim": 64},
     "prune": {
         "batch": 2, "num_heads": 4, "num_kv_heads": 2, "window": 20, "keys": 300, "head_dim": 64,
         "budget": 60,
@@ -220,7 +221,7 @@ def test_every_op_has_a_plan_for_cuda(op, gpu):
         assert min(plan["bytes_read"], plan["bytes_written"]) > 0
 
 
-@pytest.mark.parametrize("op", ["score", "select", "compact", "decode"])
+@pytest.mark.parametrize("op", ["score", "select", "compact", "compact_", "decode"])
 def test_both_devices_move_the_same_bytes(op):
     cpu, cuda = (csp_ext.plan(op, device=device, **CUDA_SHAPES[op]) for device in ("cpu", "cuda"))
     assert all(cpu[what] == cuda[what] for what in ("bytes_read", "bytes_written", "flops"))
@@ -281,7 +282,7 @@ def test_the_properties_of_this_gpu():
             "n_softmax",
             {},
             ValueError,
-            "op must be score, select, compact, decode or prune on the CPU, got n_softmax",
+            "op must be score, select, compact, compact_, decode or prune on the CPU, got n_softmax",
         ),
         ("sort", {"device": "cuda"}, ValueError, "op must be n_softmax, .*, prune or decode, got sort"),
         ("compact", {"device": "cuda:0"}, ValueError, "device must be cpu or cuda, got cuda:0"),
@@ -319,6 +320,7 @@ def test_the_properties_of_this_gpu():
             ValueError,
             "dtype must be one of float32, float16, bfloat16, float64, got int8",
         ),
+        ("compact_", {"budget": 10}, ValueError, "budget must be at most keys = 9 in place, got 10"),
         ("compact", {"window": 3}, ValueError, "compact has no size or option window"),
         ("compact", {"budget": 2**31 - 1, "head_dim": 2**31 - 1}, ValueError, "multiply to more than"),
         ("score", {"num_heads": 5}, ValueError, "num_heads must be a multiple of num_kv_heads = 2, got 5"),
@@ -329,6 +331,7 @@ def test_the_properties_of_this_gpu():
 def test_bad_input(op, changes, error, match):
     shapes = {
         "compact": {"batch": 1, "num_kv_heads": 2, "keys": 9, "budget": 4, "head_dim": 8},
+        "compact_": {"batch": 1, "num_kv_heads": 2, "keys": 9, "budget": 4, "head_dim": 8},
         "score": {"batch": 1, "num_heads": 4, "num_kv_heads": 2, "window": 3, "keys": 9, "head_dim": 8},
         "select": {"batch": 1, "score_heads": 2, "keys": 9, "window": 3, "budget": 4},
     }

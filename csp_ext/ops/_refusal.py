@@ -9,7 +9,17 @@ from torch import Tensor
 
 from csp_ext._library import cuda_status
 
-OPS = ("n_softmax", "segmented_column_sum", "score", "dual_top_k", "select", "compact", "prune", "decode")
+OPS = (
+    "n_softmax",
+    "segmented_column_sum",
+    "score",
+    "dual_top_k",
+    "select",
+    "compact",
+    "compact_",
+    "prune",
+    "decode",
+)
 
 
 def refusal(

@@ -63,4 +63,37 @@ void compact_rows(const CompactHead& head, int64_t begin, int64_t end) {
   if (head.stream) _mm_sfence();
 }
 
+// Right, left, zeros: the order of compact_in_place.h.
+void compact_rows_in_place(const CompactInPlaceHead& head) {
+  const int32_t* indices = head.indices;
+  const int64_t slots = head.slots;
+  const bool packed = head.row_stride == head.bytes;
+  const auto inside = [&](int64_t t) { return indices[t] >= 0 && indices[t] < head.keys; };
+  const auto row = [&](int64_t t) { return head.rows + t * head.row_stride; };
+
+  for (int64_t t = slots - 1, run = 1; t >= 0; t -= run) {
+    run = 1;
+    if (!inside(t) || indices[t] >= t) continue;
+    while (packed && t >= run && inside(t - run) && indices[t - run] == indices[t] - run) ++run;
+    __builtin_memmove(row(t - run + 1), row(indices[t] - run + 1), static_cast<size_t>(run * head.bytes));
+  }
+
+  for (int64_t t = 0, run = 1; t < slots; t += run) {
+    run = 1;
+    if (t + kAhead < slots && inside(t + kAhead)) prefetch(row(indices[t + kAhead]), head.bytes);
+    if (!inside(t) || indices[t] <= t) continue;
+    while (packed && t + run < slots && inside(t + run) && indices[t + run] == indices[t] + run) ++run;
+    if (head.stream) {
+      stream(row(t), row(indices[t]), run * head.bytes);  // forwards, so the two may overlap
+    } else {
+      __builtin_memmove(row(t), row(indices[t]), static_cast<size_t>(run * head.bytes));
+    }
+  }
+  if (head.stream) _mm_sfence();
+
+  for (int64_t t = 0; t < slots; ++t) {
+    if (!inside(t)) __builtin_memset(row(t), 0, static_cast<size_t>(head.bytes));
+  }
+}
+
 }  // namespace csp::CSP_ISA

@@ -24,6 +24,12 @@ Plan plan_compact_cpu(const CompactParams& p) {
   return plan;
 }
 
+Plan plan_compact_in_place_cpu(const CompactParams& p) {
+  Plan plan = cost_of(p);
+  plan.tasks = compact_in_place_cpu_tasks(p);
+  return plan;
+}
+
 Plan plan_decode_cpu(const DecodeParams& p, int32_t num_threads) {
   Plan plan = cost_of(p);
   plan.workspace_bytes = static_cast<int64_t>(decode_cpu_workspace_bytes(p, num_threads));

@@ -38,6 +38,7 @@ PYBIND11_MODULE(_host, m) {
         "     pool_kernel=7, causal=True)\n"
         "plan(\"compact\", batch, num_kv_heads, keys, budget, head_dim, value_dim=head_dim,\n"
         "     score_heads=num_kv_heads)\n"
+        "plan(\"compact_\", the sizes of compact)\n"
         "plan(\"prune\", the sizes and options of score and select, and value_dim=head_dim)\n"
         "plan(\"decode\", batch, num_heads, num_kv_heads, capacity, head_dim, queries=1)\n"
         "and with device=\"cuda\" also\n"

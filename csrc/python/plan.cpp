@@ -254,6 +254,13 @@ csp::CompactParams compact_of(Shape& shape) {
   return p;
 }
 
+csp::CompactParams compact_in_place_of(Shape& shape) {
+  const csp::CompactParams p = compact_of(shape);
+  if (p.budget <= p.keys) return p;
+  throw py::value_error("plan: budget must be at most keys = " + std::to_string(p.keys) + " in place, got " +
+                        std::to_string(p.budget));
+}
+
 csp::PruneParams prune_of(Shape& shape) {
   csp::PruneParams p;
   p.score = score_of(shape);
@@ -313,11 +320,13 @@ csp::Plan plan_cpu(const std::string& op, Shape& shape) {
   if (op == "score") return with(score_of(shape), [&](auto& p) { return csp::plan_score_cpu(p, threads); });
   if (op == "select")
     return with(select_of(shape), [&](auto& p) { return csp::plan_select_cpu(p, threads); });
-  if (op == "compact") return with(compact_of(shape), [&](auto& p) { return csp::plan_compact_cpu(p); });
+  if (op == "compact") return with(compact_of(shape), csp::plan_compact_cpu);
+  if (op == "compact_") return with(compact_in_place_of(shape), csp::plan_compact_in_place_cpu);
   if (op == "decode")
     return with(decode_of(shape), [&](auto& p) { return csp::plan_decode_cpu(p, threads); });
   if (op == "prune") return with(prune_of(shape), [&](auto& p) { return csp::plan_prune_cpu(p, threads); });
-  throw py::value_error("plan: op must be score, select, compact, decode or prune on the CPU, got " + op);
+  throw py::value_error(
+      "plan: op must be score, select, compact, compact_, decode or prune on the CPU, got " + op);
 }
 
 csp::Plan plan_cuda(const std::string& op, Shape& shape) {
@@ -334,11 +343,12 @@ csp::Plan plan_cuda(const std::string& op, Shape& shape) {
   if (op == "dual_top_k") return with(dual_top_k_of(shape), csp::plan_dual_top_k_cuda);
   if (op == "select") return with(select_of(shape), csp::plan_select_cuda);
   if (op == "compact") return with(compact_of(shape), csp::plan_compact_cuda);
+  if (op == "compact_") return with(compact_in_place_of(shape), csp::plan_compact_in_place_cuda);
   if (op == "prune") return with(prune_of(shape), csp::plan_prune_cuda);
   if (op == "decode") return with(decode_of(shape), csp::plan_decode_cuda);
   throw py::value_error(
-      "plan: op must be n_softmax, segmented_column_sum, score, dual_top_k, select, compact, prune or "
-      "decode, got " +
+      "plan: op must be n_softmax, segmented_column_sum, score, dual_top_k, select, compact, "
+      "compact_, prune or decode, got " +
       op);
 }
 

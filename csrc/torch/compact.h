@@ -4,7 +4,7 @@
 #include "checks.h"
 #include "csp/compact.h"
 
-// Shared by compact and prune: one function checks the arguments, one fills the params.
+// Shared by compact, compact_ and prune: the checks of the arguments, and one function that fills the params.
 
 namespace csp {
 
@@ -19,6 +19,26 @@ inline void check_compact(const char* op, const Tensor& key, const Tensor& value
   check_int32(op, "key's length", key.size(2));
   check_unit_stride(op, "key", key);
   check_unit_stride(op, "value", value);
+}
+
+inline void check_indices(const char* op, const Tensor& indices, const Tensor& key) {
+  check_rank(op, "indices", indices, 3, "[B, Hs, T]");
+  check_dtype(op, "indices", indices, ScalarType::Int);
+  check_device(op, "indices", indices, key, "key");
+  check_size(op, "indices", indices, 0, key.size(0), "key's batch size");
+  CSP_CHECK(indices.size(1) == key.size(1) || indices.size(1) == 1, op, "indices must have key's ",
+            key.size(1), " heads or 1, got shape ", shape_of(indices));
+  check_int32(op, "indices' length T", indices.size(2));
+}
+
+inline void check_rows(const char* op, CompactParams params, const Tensor& indices) {
+  const Tensor host = on_host(op, "indices", indices);
+  params.indices = static_cast<const int32_t*>(host.const_data_ptr());
+  const int64_t bad = compact_cpu_bad_index(params);
+  if (bad < 0) return;
+  const int64_t row = bad / params.budget;
+  fail(op, "indices must lie in [-1, L = ", params.keys, "), got ", params.indices[bad], " at [",
+       row / params.score_heads, ", ", row % params.score_heads, ", ", bad % params.budget, "]");
 }
 
 // `indices` [B, Hs, T] is contiguous.

@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY(csp, m) {
       " SymInt? k_cross=None, str pool=\"none\", SymInt pool_kernel=7, bool causal=True)"
       " -> (Tensor indices, Tensor lengths)");
   m.def("compact(Tensor key, Tensor value, Tensor indices) -> (Tensor key, Tensor value)");
+  m.def("compact_(Tensor(a!) key, Tensor(b!) value, Tensor indices) -> ()");
   m.def(
       "prune(Tensor query, Tensor key, Tensor value, Tensor modality, *, SymInt budget,"
       " SymInt? recent=None, Tensor? query_modality=None, float n=1.0, float? scale=None,"

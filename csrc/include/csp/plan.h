@@ -1,5 +1,6 @@
 #pragma once
 
+#include "csp/compact_in_place.h"
 #include "csp/decode.h"
 #include "csp/dual_top_k.h"
 #include "csp/n_softmax.h"
@@ -40,6 +41,7 @@ inline Plan cost_of(const SelectParams& p) {
   return plan;
 }
 
+// In place as well: there it is what is moved at most.
 inline Plan cost_of(const CompactParams& p) {
   const int64_t rows = p.batch * p.num_kv_heads * p.budget;
   Plan plan;
@@ -62,6 +64,7 @@ inline Plan cost_of(const DecodeParams& p) {
 Plan plan_score_cpu(const ScoreParams& params, int32_t num_threads);
 Plan plan_select_cpu(const SelectParams& params, int32_t num_threads);
 Plan plan_compact_cpu(const CompactParams& params);
+Plan plan_compact_in_place_cpu(const CompactParams& params);
 Plan plan_decode_cpu(const DecodeParams& params, int32_t num_threads);
 
 // The parts added up: the scores are written by the first part and read by the second.
@@ -74,6 +77,7 @@ Plan plan_score_cuda(const ScoreParams& params, const CudaDevice& device);
 Plan plan_dual_top_k_cuda(const DualTopKParams& params, const CudaDevice& device);
 Plan plan_select_cuda(const SelectParams& params, const CudaDevice& device);
 Plan plan_compact_cuda(const CompactParams& params, const CudaDevice& device);
+Plan plan_compact_in_place_cuda(const CompactParams& params, const CudaDevice& device);
 Plan plan_decode_cuda(const DecodeParams& params, const CudaDevice& device);
 Plan plan_prune_cuda(const PruneParams& params, const CudaDevice& device);
 
