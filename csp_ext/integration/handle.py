@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from csp_ext.config import CSPConfig
-from csp_ext.integration import attention
+from csp_ext.integration import attention as attentions
 from csp_ext.integration.cache import PrunedLayer, adopt_cache, prunable_count, pruned_layers
+from csp_ext.integration.generation import clean_turn, new_tokens, setting
 from csp_ext.integration.modality import modality_of_embeddings, modality_of_ids, placeholder_ids, real_tokens
 from csp_ext.integration.prompt import ANNOUNCED, Plan, Prompt
+from csp_ext.integration.static import CSPStaticCache, StaticPrunedLayer
 from csp_ext.integration.stats import PruneStats
 from csp_ext.methods import CSP, Method, make_method
 
@@ -27,6 +29,7 @@ def apply(
     config: CSPConfig | None = None,
     *,
     method: str | Method | None = None,
+    attention: str | None = None,
     **fields: Any,
 ) -> Handle:
     """Prune the KV cache of every prompt this model sees, until :meth:`Handle.restore`.
@@ -39,6 +42,9 @@ def apply(
         Which CSP; default ``CSPConfig()``.
     method : str or Method, optional
         Another method instead: a name of ``csp_ext.methods.METHODS`` such as "snapkv", or an instance.
+    attention : {"csp"}, optional
+        How to attend to a pruned prompt: "csp" is the compiled ``decode``, for up to 8 new queries at a time
+        (prompts go through sdpa); default: the model's own implementation.
     **fields
         Any field of the config or the named method, e.g. ``budget=0.2``: a float in (0, 1] is a share of the
         batch's longest prompt, an int is a number of tokens.
@@ -70,10 +76,13 @@ def apply(
         raise ValueError(
             'apply: heads="shared" needs the scores of all heads, and tensor parallelism splits them'
         )
+    if attention not in (None, attentions.OWN):
+        raise ValueError(f"apply: attention must be {attentions.OWN!r} or None, got {attention!r}")
     handle = model.__dict__.get("_csp_handle")
     if handle is None:
-        return Handle(model, chosen)
+        return Handle(model, chosen, attention)
     handle.method = chosen
+    handle._attend(attention)
     return handle
 
 
@@ -120,10 +129,10 @@ def _check(model: PreTrainedModel) -> dict[int, int]:
     if prunable_count(text) == 0:
         raise ValueError(f"apply: every attention layer of {name} has a sliding window or no keys to prune")
     base = text._attn_implementation
-    if base not in attention.IMPLEMENTATIONS:
+    if base not in attentions.IMPLEMENTATIONS:
         raise ValueError(
             f"apply: attn_implementation {base!r} is not supported; call "
-            f"model.set_attn_implementation with one of {sorted(attention.IMPLEMENTATIONS)} first"
+            f"model.set_attn_implementation with one of {sorted(attentions.IMPLEMENTATIONS)} first"
         )
     return placeholders
 
@@ -139,7 +148,7 @@ class Handle:
         What is applied; replacing it takes effect from the next prompt on.
     """
 
-    def __init__(self, model: PreTrainedModel, method: Method) -> None:
+    def __init__(self, model: PreTrainedModel, method: Method, attention: str | None = None) -> None:
         self._placeholders = _check(model)
         self._decoder_key = _decoder_key(model)
         self.model = model
@@ -149,8 +158,9 @@ class Handle:
         self._arguments = tuple(inspect.signature(model.forward).parameters)
         self._text_config = model.config.get_text_config(decoder=True)
         self._base = self._text_config._attn_implementation
-        attention.register()
-        self._set_attention(attention.IMPLEMENTATIONS[self._base])
+        self._spare: CSPStaticCache | None = None  # of the last generate, its buffers to be used again
+        attentions.register()
+        self._attend(attention)
         if self._text_config._attn_implementation == self._base:
             raise ValueError(f"apply: {type(model).__name__} does not use transformers' AttentionInterface")
         self._own_generate = model.__dict__.get("generate")
@@ -159,6 +169,11 @@ class Handle:
         if hasattr(model, "generate"):
             model.__dict__["generate"] = self._generate
         model.__dict__["_csp_handle"] = self
+
+    def _attend(self, attention: str | None) -> None:
+        """Attend to pruned prompts with csp_ext's own kernel, or as the model did before."""
+        self._own = attention == attentions.OWN
+        self._set_attention(attention or attentions.IMPLEMENTATIONS[self._base])
 
     def _set_attention(self, name: str) -> None:
         self.model.set_attn_implementation({self._decoder_key: name} if self._decoder_key else name)
@@ -174,6 +189,7 @@ class Handle:
         if self._own_generate is not None:
             attributes["generate"] = self._own_generate
         self._set_attention(self._base)
+        self._spare = None
 
     def __enter__(self) -> Handle:
         return self
@@ -239,6 +255,8 @@ class Handle:
         ]
         if not lengths:
             return own(*args, **kwargs)
+        cache, made = self._static_cache(kwargs, ids, lengths[0])
+        method = self._method_of(cache)
         outer = self._announced()
         whole = isinstance(ids, Tensor) and ids.ndim == 2 and kwargs.get("inputs_embeds") is None
         known = outer.modality if outer else None
@@ -247,7 +265,7 @@ class Handle:
             self._warn("this model drafts for another, which takes tokens of the prompt back", stacklevel=3)
             prompt.length = 0
         else:
-            prompt.put_off(self.method.delay)
+            prompt.put_off(method.delay)
         token = ANNOUNCED.set(prompt)
         try:
             result = own(*args, **kwargs)
@@ -255,7 +273,53 @@ class Handle:
             ANNOUNCED.reset(token)
         if not prompt.reached:
             self._warn("no forward of the whole model completed the prompt", stacklevel=3)
+        if made and getattr(result, "past_key_values", None) is not cache:
+            self._spare = cache
         return result
+
+    def _method_of(self, cache: Any) -> Method:
+        """Return what prunes this cache: a static one may bring its own method."""
+        return getattr(cache, "method", None) or self.method
+
+    def _static_cache(
+        self, kwargs: dict[str, Any], ids: Any, length: int
+    ) -> tuple[CSPStaticCache | None, bool]:
+        """Put a static cache that was asked for by name into `kwargs`; check the room of one that was given.
+
+        Returns
+        -------
+        tuple
+            (the static cache of this generate or None, whether it was made here).
+        """
+        model: Any = self.model
+        given = kwargs.get("past_key_values")
+        named = given is None and setting(model, kwargs, "cache_implementation") == "static"
+        if not (named or isinstance(given, CSPStaticCache)):
+            return None, False
+        if self._method_of(given).delay:
+            raise ValueError("generate: a static cache is pruned right after the prompt; set delay=0")
+        count = new_tokens(model, kwargs, ids.shape[1] if isinstance(ids, Tensor) else length)
+        if setting(model, kwargs, "prefill_chunk_size") is not None:
+            # transformers would compile the chunks, too; where a prompt ends is decided outside of a graph.
+            kwargs["disable_compile"] = True
+        if given is not None:
+            # The last token is not fed; a first prompt takes no room.
+            needed, free = count - 1, given.free()
+            if given.static:
+                needed += length - int(given.get_seq_length())
+            if needed > free:
+                raise ValueError(
+                    f"generate: the static cache has room for {free} more tokens, {needed} are needed; "
+                    "make it with a larger max_new_tokens"
+                )
+            return given, False
+        kwargs["cache_implementation"] = None
+        cache, self._spare = self._spare, None
+        if cache is None or cache.max_new_tokens < count:
+            cache = CSPStaticCache(self._text_config, max_new_tokens=count)
+        cache.reset()
+        kwargs["past_key_values"] = cache
+        return cache, True
 
     def _warn(self, reason: str, stacklevel: int = 4) -> None:
         """Say once per reason that a prompt is generated from correctly, but not pruned."""
@@ -294,19 +358,54 @@ class Handle:
             return None
         layers = pruned_layers(cache)
         for layer in layers:
-            layer.attended, layer.plan, layer.buffer = True, None, 0
+            layer.attended, layer.plan, layer.buffer, layer.own = True, None, 0, self._own
         if layers[0].slots or layers[0].settled:
+            self._continue(layers, prompt, bound)
             prompt.reached = True
             if prompt.recording is not None:
                 prompt.recording.keep(layers)
         else:
-            self._prepare(layers, prompt, bound)
+            self._prepare(layers, prompt, bound, self._method_of(cache))
+            if isinstance(cache, CSPStaticCache) and layers[0].plan is None and prompt.reached:
+                self._leave_whole(layers, bound)
         if not made:
             return None
         bound["past_key_values"] = cache
         return (), bound
 
-    def _prepare(self, layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any]) -> None:
+    def _continue(self, layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any]) -> None:
+        """Check that new tokens fit into a static cache, and whether a mask hides any of them."""
+        fresh: Any = bound.get("inputs_embeds") if bound.get("input_ids") is None else bound["input_ids"]
+        # A step of generate: its room was checked, and what it appends is seen by all that follows.
+        if fresh is None or (prompt.single and prompt.reached):
+            return
+        first, queries = layers[0], fresh.shape[1]
+        if isinstance(first, StaticPrunedLayer) and queries > first.free():
+            raise ValueError(
+                f"the static cache has room for {first.free()} more tokens, got {queries}; "
+                "make it with a larger max_new_tokens"
+            )
+        mask = bound.get("attention_mask")
+        if self._own and mask is not None and first.front is not None and first.front.clean:
+            after = first.after()
+            before = int(first.get_seq_length()) - after
+            columns = first.room if isinstance(first, StaticPrunedLayer) else after + queries
+            clean = clean_turn(mask, queries, before, after + queries, columns)
+            for layer in layers:
+                if layer.front is not None:
+                    layer.front.clean = clean
+
+    @staticmethod
+    def _leave_whole(layers: list[PrunedLayer], bound: dict[str, Any]) -> None:
+        """Have the layers of a static cache keep all of a prompt that cannot be pruned."""
+        fresh: Any = bound.get("inputs_embeds") if bound.get("input_ids") is None else bound["input_ids"]
+        plan = Plan.untouched(fresh.shape[0], layers[0].seen + fresh.shape[1], fresh.device)
+        for layer in layers:
+            layer.plan = plan
+
+    def _prepare(
+        self, layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any], method: Method
+    ) -> None:
         """Give the layers of an unpruned cache a plan if this forward completes a prompt."""
         ids: Any = bound.get("input_ids")
         embeddings: Any = bound.get("inputs_embeds")
@@ -323,7 +422,7 @@ class Handle:
         if end < length:
             prompt.reached |= end >= length - prompt.delay
             for layer in layers:
-                layer.buffer = self.method.observes(length)
+                layer.buffer = method.observes(length)
             return
         prompt.reached = True
         modality = self._modality(prompt, bound, seen, length)
@@ -339,7 +438,7 @@ class Handle:
         if prompt.recording is not None:
             prompt.recording.begin(layers, modality, real)
             return
-        plan = Plan.make(modality, real, self.method, len(layers))
+        plan = Plan.make(modality, real, method, len(layers))
         for layer in layers:
             layer.plan, layer.buffer = plan, plan.selection.observes if layer.queries is not None else 0
         self._stats = plan.stats
