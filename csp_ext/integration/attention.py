@@ -68,7 +68,9 @@ def _attend(
     front = getattr(key, "csp_front", None)
     if front is not None:
         return _behind(stock, front, own, module, query, key, value, attention_mask, **kwargs)
-    layer = updated_layer(key)
+    # A graph cannot read a context variable, and knows a sliding layer, which is never pruned, without it.
+    sliding = torch.compiler.is_compiling() and kwargs.get("sliding_window") is not None
+    layer = None if sliding else updated_layer(key)
     if layer is None:
         return stock(module, query, key, value, attention_mask, **kwargs)
     if layer.plan is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -158,7 +159,8 @@ class Handle:
         self._arguments = tuple(inspect.signature(model.forward).parameters)
         self._text_config = model.config.get_text_config(decoder=True)
         self._base = self._text_config._attn_implementation
-        self._spare: CSPStaticCache | None = None  # of the last generate, its buffers to be used again
+        # The static cache of a generate that did not return it: its buffers serve the next one.
+        self._spare: deque[CSPStaticCache] = deque(maxlen=1)
         attentions.register()
         self._attend(attention)
         if self._text_config._attn_implementation == self._base:
@@ -189,7 +191,7 @@ class Handle:
         if self._own_generate is not None:
             attributes["generate"] = self._own_generate
         self._set_attention(self._base)
-        self._spare = None
+        self._spare.clear()
 
     def __enter__(self) -> Handle:
         return self
@@ -273,8 +275,8 @@ class Handle:
             ANNOUNCED.reset(token)
         if not prompt.reached:
             self._warn("no forward of the whole model completed the prompt", stacklevel=3)
-        if made and getattr(result, "past_key_values", None) is not cache:
-            self._spare = cache
+        if made and cache is not None and getattr(result, "past_key_values", None) is not cache:
+            self._spare.append(cache)
         return result
 
     def _method_of(self, cache: Any) -> Method:
@@ -314,7 +316,10 @@ class Handle:
                 )
             return given, False
         kwargs["cache_implementation"] = None
-        cache, self._spare = self._spare, None
+        try:
+            cache = self._spare.pop()  # at once: another thread may want it
+        except IndexError:
+            cache = None
         if cache is None or cache.max_new_tokens < count:
             cache = CSPStaticCache(self._text_config, max_new_tokens=count)
         cache.reset()

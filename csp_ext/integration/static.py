@@ -160,9 +160,9 @@ class StaticPrunedLayer(PrunedLayer):
         self.static = False
         super().reset()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if not self.static:
-            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+            super().reorder_cache(beam_idx)
             return
         for tensor in (self.keys, self.values):
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -213,7 +213,8 @@ class CSPStaticCache(Cache):
 
     Notes
     -----
-    After :meth:`reset` the next prompt uses the same buffers where its batch size and slots fit. The first prompt decides: what it leaves in the cache is not pruned later.
+    After :meth:`reset` the next prompt uses the same buffers where its batch size and slots fit. The first
+    prompt decides: what it leaves in the cache is not pruned later.
 
     Examples
     --------
