@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import warnings
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -17,10 +16,10 @@ from transformers import DynamicCache, PreTrainedModel
 from csp_ext.config import CSPConfig
 from csp_ext.integration import attention as attentions
 from csp_ext.integration.cache import PrunedLayer, adopt_cache, prunable_count, pruned_layers
-from csp_ext.integration.generation import clean_turn, new_tokens, setting
+from csp_ext.integration.generation import StaticCaches, check_turn, leave_whole
 from csp_ext.integration.modality import modality_of_embeddings, modality_of_ids, placeholder_ids, real_tokens
 from csp_ext.integration.prompt import ANNOUNCED, Plan, Prompt
-from csp_ext.integration.static import CSPStaticCache, StaticPrunedLayer
+from csp_ext.integration.static import CSPStaticCache
 from csp_ext.integration.stats import PruneStats
 from csp_ext.methods import CSP, Method, make_method
 
@@ -138,6 +137,12 @@ def _check(model: PreTrainedModel) -> dict[int, int]:
     return placeholders
 
 
+def _fresh(bound: dict[str, Any]) -> Any:
+    """Return what a forward adds to its cache: ids [B, q] or embeddings [B, q, hidden]; None for neither."""
+    ids = bound.get("input_ids")
+    return bound.get("inputs_embeds") if ids is None else ids
+
+
 class Handle:
     """CSP inside one model. Made by :func:`apply`.
 
@@ -159,8 +164,7 @@ class Handle:
         self._arguments = tuple(inspect.signature(model.forward).parameters)
         self._text_config = model.config.get_text_config(decoder=True)
         self._base = self._text_config._attn_implementation
-        # The static cache of a generate that did not return it: its buffers serve the next one.
-        self._spare: deque[CSPStaticCache] = deque(maxlen=1)
+        self._static = StaticCaches(model)
         attentions.register()
         self._attend(attention)
         if self._text_config._attn_implementation == self._base:
@@ -191,7 +195,7 @@ class Handle:
         if self._own_generate is not None:
             attributes["generate"] = self._own_generate
         self._set_attention(self._base)
-        self._spare.clear()
+        self._static.clear()
 
     def __enter__(self) -> Handle:
         return self
@@ -257,8 +261,11 @@ class Handle:
         ]
         if not lengths:
             return own(*args, **kwargs)
-        cache, made = self._static_cache(kwargs, ids, lengths[0])
-        method = self._method_of(cache)
+        given = kwargs.get("past_key_values")
+        method = self._method_of(given)
+        cache = self._static.prepare(kwargs, ids, lengths[0])
+        if cache is not None and method.delay:
+            raise ValueError("generate: a static cache is pruned right after the prompt; set delay=0")
         outer = self._announced()
         whole = isinstance(ids, Tensor) and ids.ndim == 2 and kwargs.get("inputs_embeds") is None
         known = outer.modality if outer else None
@@ -275,56 +282,13 @@ class Handle:
             ANNOUNCED.reset(token)
         if not prompt.reached:
             self._warn("no forward of the whole model completed the prompt", stacklevel=3)
-        if made and cache is not None and getattr(result, "past_key_values", None) is not cache:
-            self._spare.append(cache)
+        if cache is not None and given is None and getattr(result, "past_key_values", None) is not cache:
+            self._static.keep(cache)
         return result
 
     def _method_of(self, cache: Any) -> Method:
         """Return what prunes this cache: a static one may bring its own method."""
         return getattr(cache, "method", None) or self.method
-
-    def _static_cache(
-        self, kwargs: dict[str, Any], ids: Any, length: int
-    ) -> tuple[CSPStaticCache | None, bool]:
-        """Put a static cache that was asked for by name into `kwargs`; check the room of one that was given.
-
-        Returns
-        -------
-        tuple
-            (the static cache of this generate or None, whether it was made here).
-        """
-        model: Any = self.model
-        given = kwargs.get("past_key_values")
-        named = given is None and setting(model, kwargs, "cache_implementation") == "static"
-        if not (named or isinstance(given, CSPStaticCache)):
-            return None, False
-        if self._method_of(given).delay:
-            raise ValueError("generate: a static cache is pruned right after the prompt; set delay=0")
-        count = new_tokens(model, kwargs, ids.shape[1] if isinstance(ids, Tensor) else length)
-        if setting(model, kwargs, "prefill_chunk_size") is not None:
-            # transformers would compile the chunks, too; where a prompt ends is decided outside of a graph.
-            kwargs["disable_compile"] = True
-        if given is not None:
-            # The last token is not fed; a first prompt takes no room.
-            needed, free = count - 1, given.free()
-            if given.static:
-                needed += length - int(given.get_seq_length())
-            if needed > free:
-                raise ValueError(
-                    f"generate: the static cache has room for {free} more tokens, {needed} are needed; "
-                    "make it with a larger max_new_tokens"
-                )
-            return given, False
-        kwargs["cache_implementation"] = None
-        try:
-            cache = self._spare.pop()  # at once: another thread may want it
-        except IndexError:
-            cache = None
-        if cache is None or cache.max_new_tokens < count:
-            cache = CSPStaticCache(self._text_config, max_new_tokens=count)
-        cache.reset()
-        kwargs["past_key_values"] = cache
-        return cache, True
 
     def _warn(self, reason: str, stacklevel: int = 4) -> None:
         """Say once per reason that a prompt is generated from correctly, but not pruned."""
@@ -365,56 +329,26 @@ class Handle:
         for layer in layers:
             layer.attended, layer.plan, layer.buffer, layer.own = True, None, 0, self._own
         if layers[0].slots or layers[0].settled:
-            self._continue(layers, prompt, bound)
+            # A step of generate: its room was checked, and what it appends is seen by all that follows.
+            if not (prompt.single and prompt.reached):
+                check_turn(layers, _fresh(bound), bound.get("attention_mask"))
             prompt.reached = True
             if prompt.recording is not None:
                 prompt.recording.keep(layers)
         else:
             self._prepare(layers, prompt, bound, self._method_of(cache))
             if isinstance(cache, CSPStaticCache) and layers[0].plan is None and prompt.reached:
-                self._leave_whole(layers, bound)
+                leave_whole(layers, _fresh(bound))
         if not made:
             return None
         bound["past_key_values"] = cache
         return (), bound
 
-    def _continue(self, layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any]) -> None:
-        """Check that new tokens fit into a static cache, and whether a mask hides any of them."""
-        fresh: Any = bound.get("inputs_embeds") if bound.get("input_ids") is None else bound["input_ids"]
-        # A step of generate: its room was checked, and what it appends is seen by all that follows.
-        if fresh is None or (prompt.single and prompt.reached):
-            return
-        first, queries = layers[0], fresh.shape[1]
-        if isinstance(first, StaticPrunedLayer) and queries > first.free():
-            raise ValueError(
-                f"the static cache has room for {first.free()} more tokens, got {queries}; "
-                "make it with a larger max_new_tokens"
-            )
-        mask = bound.get("attention_mask")
-        if self._own and mask is not None and first.front is not None and first.front.clean:
-            after = first.after()
-            before = int(first.get_seq_length()) - after
-            columns = first.room if isinstance(first, StaticPrunedLayer) else after + queries
-            clean = clean_turn(mask, queries, before, after + queries, columns)
-            for layer in layers:
-                if layer.front is not None:
-                    layer.front.clean = clean
-
-    @staticmethod
-    def _leave_whole(layers: list[PrunedLayer], bound: dict[str, Any]) -> None:
-        """Have the layers of a static cache keep all of a prompt that cannot be pruned."""
-        fresh: Any = bound.get("inputs_embeds") if bound.get("input_ids") is None else bound["input_ids"]
-        plan = Plan.untouched(fresh.shape[0], layers[0].seen + fresh.shape[1], fresh.device)
-        for layer in layers:
-            layer.plan = plan
-
     def _prepare(
         self, layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any], method: Method
     ) -> None:
         """Give the layers of an unpruned cache a plan if this forward completes a prompt."""
-        ids: Any = bound.get("input_ids")
-        embeddings: Any = bound.get("inputs_embeds")
-        fresh = embeddings if ids is None else ids
+        fresh = _fresh(bound)
         if fresh is None:
             return
         seen = layers[0].seen
@@ -452,7 +386,7 @@ class Handle:
         """Return the modality [B, length] of a prompt that is complete now, None where it cannot be seen."""
         ids: Any = bound.get("input_ids")
         embeddings: Any = bound.get("inputs_embeds")
-        fresh = embeddings if ids is None else ids
+        fresh = _fresh(bound)
         modality = prompt.modality_for(fresh.shape[0], self._placeholders, fresh.device)
         if modality is None and ids is not None and seen == 0:
             modality = modality_of_ids(ids[:, :length], self._placeholders)

@@ -56,9 +56,9 @@ class StaticPrunedLayer(PrunedLayer):
             self._check_attended()
         new = key_states.shape[-2]
         slots = torch.arange(new, device=self.keys.device) + self.end
-        self.end.add_(new)
         self.keys.index_copy_(2, slots, key_states)
         self.values.index_copy_(2, slots, value_states)
+        self.end.add_(new)
         return self.keys, self.values
 
     def get_seq_length(self) -> Any:
