@@ -359,9 +359,12 @@ def test_two_generations_share_nothing(model: Any) -> None:
 def test_reset_makes_a_cache_new_in_the_same_place(model: Any) -> None:
     cache = CSPStaticCache(model.config, CONFIG, max_new_tokens=4)
     with apply(model, method="snapkv", budget=20):
+        with torch.inference_mode():
+            generate_batch(model, ROWS, 4, past_key_values=cache, disable_compile=True)
+        cache.reset()
         output = generate_batch(model, ROWS, 4, past_key_values=cache, disable_compile=True)
         assert_batch_equals_rows(model, output, ROWS, CONFIG, BUDGET)
-        place = cache.layers[0].keys.data_ptr()
+        place = cache.layers[0].keys
         fork = copy.deepcopy(cache)
         cache.reset()
         assert cache.get_seq_length() == 0
@@ -370,13 +373,12 @@ def test_reset_makes_a_cache_new_in_the_same_place(model: Any) -> None:
         cache.reset()
         output = generate_batch(model, ROWS, 4, past_key_values=cache, disable_compile=True)
         assert_batch_equals_rows(model, output, ROWS, CONFIG, BUDGET)
-        cache.reset()
-        same = cache.layers[0]._buffers
-        output = generate_batch(model, ROWS, 4, past_key_values=cache, disable_compile=True)
-        assert same is not None
-        assert cache.layers[0].keys is same[0]
-    assert int(fork.get_seq_length()) == int(cache.get_seq_length())
-    assert fork.layers[0].keys.data_ptr() == place or fork.layers[0].end is not cache.layers[0].end
+        assert cache.layers[0].keys is place
+        # A fork goes on by itself.
+        step = {"input_ids": torch.full((4, 1), 77)}
+        assert torch.equal(
+            model(**step, past_key_values=fork).logits, model(**step, past_key_values=cache).logits
+        )
 
 
 def test_batch_operations(model: Any) -> None:

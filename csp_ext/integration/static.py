@@ -97,12 +97,11 @@ class StaticPrunedLayer(PrunedLayer):
                 buffer[:, :, key.shape[-2] : written] = drafts
                 # What a free slot holds is multiplied by zero, so it must be a number.
                 buffer[:, :, written:] = 0
-        if self.end is None or self.end.device != key.device:
+        if self.end is None or not _usable(self.end, key.device):
             self.end = _static(torch.zeros((), dtype=torch.int32, device=key.device))
             self.offset = _static(torch.zeros((), dtype=torch.int64, device=key.device))
-        with torch.no_grad():
-            self.end.fill_(written)
-            self.offset.fill_(length - key.shape[-2])
+        self.end.fill_(written)
+        self.offset.fill_(length - key.shape[-2])
         kept.end = self.end
         self._hold(keys, values, kept)
         self._length, self.static, self.settled = length, True, True
@@ -119,6 +118,7 @@ class StaticPrunedLayer(PrunedLayer):
             or not _fits(old[0], key, (*shape, key.shape[-1]))
             or not _fits(old[1], value, (*shape, value.shape[-1]))
         ):
+            old = None  # free it first
             keys, values = (
                 _static(torch.zeros((*shape, tensor.shape[-1]), dtype=tensor.dtype, device=tensor.device))
                 for tensor in (key, value)
@@ -190,12 +190,12 @@ def _static(tensor: Tensor) -> Tensor:
 
 
 def _fits(buffer: Tensor, like: Tensor, shape: Any) -> bool:
-    return (
-        tuple(buffer.shape) == tuple(shape)
-        and buffer.dtype == like.dtype
-        and buffer.device == like.device
-        and buffer.is_inference() == torch.is_inference_mode_enabled()
-    )
+    return tuple(buffer.shape) == tuple(shape) and buffer.dtype == like.dtype and _usable(buffer, like.device)
+
+
+def _usable(buffer: Tensor, device: torch.device) -> bool:
+    """Say whether a buffer is on this device and may be written to now."""
+    return buffer.device == device and (torch.is_inference_mode_enabled() or not buffer.is_inference())
 
 
 class CSPStaticCache(Cache):
