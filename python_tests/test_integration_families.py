@@ -192,8 +192,8 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def generate(model: Any, inputs: dict[str, Tensor]) -> Any:
-    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Any:
+    options |= {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     return model.generate(**inputs, max_new_tokens=6, **options)
 
 
@@ -201,6 +201,10 @@ def assert_pruned_like_the_oracle(model: Any, inputs: dict[str, Tensor], oracle:
     whole = generate(model, inputs)
     with apply(model, budget=budget) as handle:
         pruned = generate(model, inputs)
+    with apply(model, budget=budget, attention="csp"):
+        for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
+            same = generate(model, inputs, **options)
+            torch.testing.assert_close(same.logits, pruned.logits, rtol=0, atol=1e-6)
     real = inputs["attention_mask"].bool()
     oracle.hidden = {}
     for layer in handle.stats.layers:

@@ -232,6 +232,21 @@ def test_a_share_of_the_prompt_compiles_with_a_dynamic_size(model: Any, attentio
     assert counters["stats"]["unique_graphs"] == 2
 
 
+def test_a_compiled_model_before_and_after(model: Any) -> None:
+    torch._dynamo.reset()
+    whole = generate_batch(model, ROWS, 4)
+    assert_logits_close(
+        logits(generate_batch(model, ROWS, 4, **compiled("eager"))), logits(whole), torch.float64
+    )
+    for attention in (None, "csp", None):
+        with apply(model, CONFIG, attention=attention):
+            output = generate_batch(model, ROWS, 4, **compiled("eager"))
+        assert_batch_equals_rows(model, output, ROWS, CONFIG, BUDGET)
+    assert_logits_close(
+        logits(generate_batch(model, ROWS, 4, **compiled("eager"))), logits(whole), torch.float64
+    )
+
+
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a compiler")
 def test_inductor() -> None:
     model = small_llava(num_layers=1)
@@ -393,6 +408,23 @@ def test_batch_operations(model: Any) -> None:
             cache.batch_select_indices(torch.tensor([3, 0]))
             found.append(model(input_ids=torch.full((2, 1), 77), past_key_values=cache).logits)
     assert_logits_close(found[1], found[0], torch.float64)
+
+
+@ATTENTIONS
+def test_a_prompt_that_cannot_be_judged_stays_whole(model: Any, attention: str | None) -> None:
+    ids, pixels = torch.tensor([ROWS[0]]), make_pixels(ROWS[:1], torch.float64)
+    merged = model.get_input_embeddings()(ids)
+    merged[ids == 3] = torch.cat(list(model.get_image_features(pixel_values=pixels).pooler_output))
+    options: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options |= {"max_new_tokens": 4, "inputs_embeds": merged, **STATIC}
+    with apply(model, CONFIG, attention=attention) as handle:
+        with pytest.warns(UserWarning, match="left unpruned"):
+            output = model.generate(**options)
+        assert_batch_equals_rows(model, output, ROWS[:1], None, BUDGET)
+        assert output.past_key_values.free() == 1
+        with handle.prompt(modality=(ids == 3).long()):
+            output = model.generate(**options)
+        assert_batch_equals_rows(model, output, ROWS[:1], CONFIG, BUDGET)
 
 
 # --- capacity ------------------------------------------------------------------------------
