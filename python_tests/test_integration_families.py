@@ -6,6 +6,7 @@ The kept sets are taken from the handle; what is tested is that each family's ma
 # ruff: noqa: E402  (these imports need the optional transformers)
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -201,8 +202,14 @@ def assert_pruned_like_the_oracle(model: Any, inputs: dict[str, Tensor], oracle:
     whole = generate(model, inputs)
     with apply(model, budget=budget) as handle:
         pruned = generate(model, inputs)
+    caches: list[dict[str, Any]] = [{}]
+    static = {"cache_implementation": "static", "disable_compile": True}
+    # The 5.4 of transformers cannot make PaliGemma's mask for a static cache of its own either.
+    with contextlib.suppress(IndexError):
+        generate(model, inputs, **static)
+        caches.append(static)
     with apply(model, budget=budget, attention="csp"):
-        for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        for options in caches:
             same = generate(model, inputs, **options)
             torch.testing.assert_close(same.logits, pruned.logits, rtol=0, atol=1e-6)
     real = inputs["attention_mask"].bool()

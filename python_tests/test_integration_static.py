@@ -352,6 +352,17 @@ def test_a_second_turn(model: Any, attention: str | None, words: int, hidden: in
             assert calls == ([words + 1] * 2 * (words < 8) + [1] * 2 * 3) * own
 
 
+@ATTENTIONS
+def test_autocast(attention: str | None) -> None:
+    model = small_llava()
+    with torch.autocast("cpu", torch.bfloat16):
+        with apply(model, CONFIG):
+            grown = generate_batch(model, ROWS, 4)
+        with apply(model, CONFIG, attention=attention):
+            output = generate_batch(model, ROWS, 4, **STATIC)
+    assert (logits(output) - logits(grown)).abs().max() < 0.02 * logits(grown).abs().max()
+
+
 def test_two_generations_share_nothing(model: Any) -> None:
     other = [make_row("4i9", 8), make_row("i2i30", 9), make_row("7", 5), make_row("i5", 6)]
     with apply(model, CONFIG) as handle:
@@ -456,6 +467,7 @@ def test_running_out_of_capacity_changes_nothing(model: Any) -> None:
             model(input_ids=torch.tensor([ROWS[3] + [9, 9, 9]]), past_key_values=drafts)
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 def test_the_room_is_what_generate_was_asked_for(model: Any) -> None:
     length = max(map(len, ROWS))
     config = transformers.GenerationConfig(max_new_tokens=7, cache_implementation="static", do_sample=False)
@@ -473,6 +485,8 @@ def test_the_room_is_what_generate_was_asked_for(model: Any) -> None:
             )
             assert output.past_key_values.max_new_tokens == room
             assert output.past_key_values.free() == 1
+        output = model.generate(inputs.pop("input_ids"), config, **inputs, return_dict_in_generate=True)
+        assert output.past_key_values.max_new_tokens == 7
     assert config.cache_implementation == "static"
 
 

@@ -65,6 +65,7 @@ class Front:
             self.start is not None
             and self.clean
             and query.shape[-2] <= MAX_QUERIES
+            and query.dtype == key.dtype == value.dtype
             and key.shape[-1] == value.shape[-1] <= MAX_DIM
         )
 

@@ -254,6 +254,9 @@ class Handle:
         """Call the model's own ``generate``, noting where the prompt ends: chunks and drafts hide it."""
         model: Any = self.model
         own = self._own_generate or type(model).generate.__get__(model)
+        if len(args) == 2:
+            ids, kwargs["generation_config"] = args
+            args = (ids,)
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         sources = (kwargs.get("attention_mask"), kwargs.get("inputs_embeds"), ids)
         lengths = [

@@ -56,8 +56,9 @@ class StaticPrunedLayer(PrunedLayer):
             self._check_attended()
         new = key_states.shape[-2]
         slots = torch.arange(new, device=self.keys.device) + self.end
-        self.keys.index_copy_(2, slots, key_states)
-        self.values.index_copy_(2, slots, value_states)
+        # Under autocast the keys come in float32 and the values in the lower type; the buffers have one type.
+        self.keys.index_copy_(2, slots, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, slots, value_states.to(self.values.dtype))
         self.end.add_(new)
         return self.keys, self.values
 
