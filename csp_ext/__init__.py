@@ -23,10 +23,11 @@ from csp_ext.paths import cmake_prefix_path, get_include
 from csp_ext.selection import select_tokens, window_modality
 
 if TYPE_CHECKING:
-    from csp_ext.integration import Handle, apply
+    from csp_ext.integration import CSPStaticCache, Handle, apply
 
 __all__ = [
     "CSPConfig",
+    "CSPStaticCache",
     "CudaStatus",
     "Handle",
     "__version__",
@@ -54,7 +55,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The integration needs transformers, the ops do not.
-    if name in ("apply", "Handle"):
+    if name in ("apply", "CSPStaticCache", "Handle"):
         from csp_ext import integration
 
         return getattr(integration, name)

@@ -28,3 +28,9 @@ def implementation_for(key: Tensor) -> ModuleType:
     if device_type in ("cpu", "meta"):
         return ops
     return reference if key.dtype == torch.float64 or missing_kernels(device_type) else ops
+
+
+def has_decode(key: Tensor) -> bool:
+    """Return whether the compiled ``decode`` takes caches like `key`."""
+    device_type = key.device.type
+    return has_kernel("decode", device_type) and (device_type == "cpu" or key.dtype != torch.float64)

@@ -321,18 +321,15 @@ def test_reset_makes_a_cache_new(model: Any) -> None:
     assert_batch_equals_rows(model, output, ROWS, CONFIG, BUDGET)
 
 
-@pytest.mark.parametrize("kind", ["given", "by name"])
-def test_a_static_cache_is_left_unpruned_with_one_warning(model: Any, kind: str) -> None:
+def test_a_stock_static_cache_is_left_unpruned_with_one_warning(model: Any) -> None:
     whole = generate_batch(model, ROWS, 4)
     with apply(model, CONFIG) as handle:
         generate_batch(model, ROWS, 2)
         for turn in range(2):
-            options: dict[str, Any] = {"cache_implementation": "static"}
-            if kind == "given":
-                options = {"past_key_values": transformers.StaticCache(config=model.config, max_cache_len=80)}
+            cache = transformers.StaticCache(config=model.config, max_cache_len=80)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                output = generate_batch(model, ROWS, 4, **options)
+                output = generate_batch(model, ROWS, 4, past_key_values=cache)
             assert sum("left unpruned" in str(one.message) for one in caught) == (1 if turn == 0 else 0)
             assert_logits_close(torch.stack(output.logits), torch.stack(whole.logits), torch.float64)
             assert handle.stats.layers == []

@@ -9,6 +9,7 @@ from csp_ext.integration.requirement import require_transformers
 require_transformers()
 
 from csp_ext.integration.handle import Handle, apply  # noqa: E402
+from csp_ext.integration.static import CSPStaticCache  # noqa: E402
 from csp_ext.integration.stats import LayerStats, PruneStats  # noqa: E402
 
-__all__ = ["Handle", "LayerStats", "PruneStats", "apply"]
+__all__ = ["CSPStaticCache", "Handle", "LayerStats", "PruneStats", "apply"]

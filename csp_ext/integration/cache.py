@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+
+from csp_ext.integration.front import Front
 
 if TYPE_CHECKING:
     from csp_ext.integration.prompt import Plan
@@ -32,17 +33,25 @@ class PrunedLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
-        self.slots = 0  # physical slots of the pruned prompt, the sink included; 0: nothing was pruned
-        self.bias: Tensor | None = (
-            None  # additive [B, 1 or Hq, 1, slots]; None: every slot is plainly visible
-        )
+        self.front: Front | None = None  # the pruned prompt; None: nothing was pruned
         self.plan: Plan | None = None  # set for the forward that completes a prompt
         self.buffer = 0  # keep that many last queries, for a prompt that comes in chunks or is recorded
         self.queries: Tensor | None = None  # [B, Hq, <= buffer, D]
         self.scale: float | None = None  # of the attention that the queries were seen in
         self.causal = True
         self.attended = False  # the hook saw this forward, so the mask will be ours
+        self.own = False  # the model attends with csp_ext's own decode where it can
         self.settled = False  # what this cache holds is not to be pruned any more
+
+    @property
+    def slots(self) -> int:
+        """Physical slots of the pruned prompt, the sink included; 0: nothing was pruned."""
+        return 0 if self.front is None else self.front.slots
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Additive mask of the pruned prompt, [B, 1 or Hq, 1, slots]; None: every slot is plainly visible."""
+        return None if self.front is None else self.front.bias
 
     @classmethod
     def adopt(cls, stock: DynamicLayer) -> PrunedLayer:
@@ -57,30 +66,41 @@ class PrunedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self.bias is not None and not self.attended:
-            raise RuntimeError(
-                "this cache was pruned by csp_ext and has slots that a stock attention mask does not hide; "
-                "continue it with the model while csp_ext.apply(model) is active"
-            )
-        self.attended = False
+        self._check_attended()
         self.seen += key_states.shape[-2]
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         _LATEST.set(weakref.ref(self))
         return keys, values
 
+    def _check_attended(self) -> None:
+        """Raise where the pruned prompt has hidden slots and the attention that follows is not ours."""
+        if self.front is not None and self.front.hides and not self.attended:
+            raise RuntimeError(
+                "this cache was pruned by csp_ext and has slots that a stock attention mask does not hide; "
+                "continue it with the model while csp_ext.apply(model) is active"
+            )
+        self.attended = False
+
     def get_seq_length(self) -> int:
         return self.seen
+
+    def after(self) -> int:
+        """Return how many tokens after the pruned prompt are stored."""
+        return (self.keys.shape[-2] if self.is_initialized else 0) - self.slots
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         stored = self.keys.shape[-2] if self.is_initialized else 0
         return stored + query_length, self.seen - stored
 
-    def replace_prompt(self, key: Tensor, value: Tensor, length: int, bias: Tensor | None) -> None:
+    def replace_prompt(self, key: Tensor, value: Tensor, length: int, front: Front) -> None:
         """Put compacted tensors [B, Hkv, slots, D] in the place of the first `length` tokens."""
         tail = self.keys.shape[-2] - length
         self.keys = torch.cat([key, self.keys[:, :, length:]], dim=-2) if tail else key
         self.values = torch.cat([value, self.values[:, :, length:]], dim=-2) if tail else value
-        self.slots, self.bias = key.shape[-2], bias
+        self.front = front
+
+    def keep_prompt(self, length: int, front: Front) -> None:
+        """Note that the first `length` tokens, `front`, are a prompt that stays whole."""
 
     def remember(self, query: Tensor, scale: float | None, causal: bool) -> None:
         """Keep the last `buffer` queries of a prompt, and how they attend."""
@@ -88,28 +108,6 @@ class PrunedLayer(DynamicLayer):
         if self.queries is not None:
             query = torch.cat([self.queries, query], dim=-2)
         self.queries = query[:, :, max(0, query.shape[-2] - self.buffer) :]
-
-    def mask(self, stock: Tensor | None, query: Tensor) -> Tensor | None:
-        """Return the mask of new queries [B, Hq, q, D] over a pruned prompt and what follows it.
-
-        `stock` is the model's mask of these queries: its last columns belong to the tokens after the prompt.
-        None means causal, and that nothing is hidden from a single query.
-        """
-        length, stored = query.shape[-2], self.keys.shape[-2]
-        if self.bias is None and (stock.shape[-1] == stored if stock is not None else length == 1):
-            return stock
-        recent = stored - self.slots
-        if stock is None:
-            visible = torch.ones(length, recent, dtype=torch.bool, device=query.device)
-            after = _additive(visible.tril(recent - length)[None, None], query.dtype)
-        else:
-            after = stock[..., stock.shape[-1] - recent :]
-            after = _additive(after, query.dtype) if after.dtype == torch.bool else after
-        front = self.bias
-        if front is None:
-            front = after.new_zeros(1, 1, 1, self.slots)
-        shape = (query.shape[0], max(front.shape[1], after.shape[1]), length, -1)
-        return torch.cat([front.expand(shape), after.expand(shape).to(front.dtype)], dim=-1)
 
     def crop(self, tokens_to_remove: int) -> None:
         # Before transformers 5.14 a positive argument is the length to crop to.
@@ -129,8 +127,8 @@ class PrunedLayer(DynamicLayer):
         # Emptied by hand: older versions of transformers would zero tensors that a new prompt must not see.
         self.keys = self.values = None
         self.is_initialized = False
-        self.seen = self.slots = self.buffer = 0
-        self.bias = self.plan = self.queries = None
+        self.seen = self.buffer = 0
+        self.front = self.plan = self.queries = None
         self.settled = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -147,7 +145,8 @@ class PrunedLayer(DynamicLayer):
 
     def _each_row(self, take: Callable[[Tensor], Tensor]) -> None:
         """Do to the rows of what belongs to a sequence as was done to its keys."""
-        self.bias = None if self.bias is None else take(self.bias)
+        if self.front is not None:
+            self.front.each(take)
         self.queries = None if self.queries is None else take(self.queries)
 
 
@@ -199,32 +198,3 @@ def pruned_layers(cache: Cache) -> list[PrunedLayer]:
 def prunable_count(text_config: Any) -> int:
     """Return the number of full-attention layers a cache of this decoder has."""
     return sum(type(layer) is DynamicLayer for layer in DynamicCache(config=text_config).layers)
-
-
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return zeros where `visible`, the lowest number of `dtype` elsewhere."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-        ~visible, torch.finfo(dtype).min
-    )
-
-
-def visibility_bias(visible: Tensor, n: float, num_heads: int, dtype: torch.dtype) -> Tensor:
-    """Return the additive mask [B, 1 or Hq, 1, slots] of a pruned prompt.
-
-    Parameters
-    ----------
-    visible : Tensor
-        bool [B, Hs, slots]; for n > 0 slot 0 is the sink, an all-zero key and value.
-    n : float
-        n-softmax constant (Eq. 7): a logit of log n on the sink puts n into the denominator.
-    num_heads : int
-        Hq: per-head masks are repeated to the query heads.
-    dtype : torch.dtype
-        Of the attention logits.
-    """
-    bias = _additive(visible, dtype)
-    if n > 0:
-        bias[..., 0] += math.log(n)
-    if bias.shape[1] > 1:
-        bias = bias.repeat_interleave(num_heads // bias.shape[1], dim=1)
-    return bias[:, :, None]

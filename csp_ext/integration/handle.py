@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from csp_ext.config import CSPConfig
-from csp_ext.integration import attention
+from csp_ext.integration import attention as attentions
 from csp_ext.integration.cache import PrunedLayer, adopt_cache, prunable_count, pruned_layers
+from csp_ext.integration.generation import StaticCaches, check_turn, leave_whole
 from csp_ext.integration.modality import modality_of_embeddings, modality_of_ids, placeholder_ids, real_tokens
 from csp_ext.integration.prompt import ANNOUNCED, Plan, Prompt
+from csp_ext.integration.static import CSPStaticCache
 from csp_ext.integration.stats import PruneStats
 from csp_ext.methods import CSP, Method, make_method
 
@@ -27,6 +29,7 @@ def apply(
     config: CSPConfig | None = None,
     *,
     method: str | Method | None = None,
+    attention: str | None = None,
     **fields: Any,
 ) -> Handle:
     """Prune the KV cache of every prompt this model sees, until :meth:`Handle.restore`.
@@ -39,6 +42,9 @@ def apply(
         Which CSP; default ``CSPConfig()``.
     method : str or Method, optional
         Another method instead: a name of ``csp_ext.methods.METHODS`` such as "snapkv", or an instance.
+    attention : {"csp"}, optional
+        How to attend to a pruned prompt: "csp" is the compiled ``decode``, for up to 8 new queries at a time
+        (prompts go through sdpa); default: the model's own implementation.
     **fields
         Any field of the config or the named method, e.g. ``budget=0.2``: a float in (0, 1] is a share of the
         batch's longest prompt, an int is a number of tokens.
@@ -70,10 +76,13 @@ def apply(
         raise ValueError(
             'apply: heads="shared" needs the scores of all heads, and tensor parallelism splits them'
         )
+    if attention not in (None, attentions.OWN):
+        raise ValueError(f"apply: attention must be {attentions.OWN!r} or None, got {attention!r}")
     handle = model.__dict__.get("_csp_handle")
     if handle is None:
-        return Handle(model, chosen)
+        return Handle(model, chosen, attention)
     handle.method = chosen
+    handle._attend(attention)
     return handle
 
 
@@ -120,12 +129,18 @@ def _check(model: PreTrainedModel) -> dict[int, int]:
     if prunable_count(text) == 0:
         raise ValueError(f"apply: every attention layer of {name} has a sliding window or no keys to prune")
     base = text._attn_implementation
-    if base not in attention.IMPLEMENTATIONS:
+    if base not in attentions.IMPLEMENTATIONS:
         raise ValueError(
             f"apply: attn_implementation {base!r} is not supported; call "
-            f"model.set_attn_implementation with one of {sorted(attention.IMPLEMENTATIONS)} first"
+            f"model.set_attn_implementation with one of {sorted(attentions.IMPLEMENTATIONS)} first"
         )
     return placeholders
+
+
+def _fresh(bound: dict[str, Any]) -> Any:
+    """Return what a forward adds to its cache: ids [B, q] or embeddings [B, q, hidden]; None for neither."""
+    ids = bound.get("input_ids")
+    return bound.get("inputs_embeds") if ids is None else ids
 
 
 class Handle:
@@ -139,7 +154,7 @@ class Handle:
         What is applied; replacing it takes effect from the next prompt on.
     """
 
-    def __init__(self, model: PreTrainedModel, method: Method) -> None:
+    def __init__(self, model: PreTrainedModel, method: Method, attention: str | None = None) -> None:
         self._placeholders = _check(model)
         self._decoder_key = _decoder_key(model)
         self.model = model
@@ -149,8 +164,9 @@ class Handle:
         self._arguments = tuple(inspect.signature(model.forward).parameters)
         self._text_config = model.config.get_text_config(decoder=True)
         self._base = self._text_config._attn_implementation
-        attention.register()
-        self._set_attention(attention.IMPLEMENTATIONS[self._base])
+        self._static = StaticCaches(model)
+        attentions.register()
+        self._attend(attention)
         if self._text_config._attn_implementation == self._base:
             raise ValueError(f"apply: {type(model).__name__} does not use transformers' AttentionInterface")
         self._own_generate = model.__dict__.get("generate")
@@ -159,6 +175,11 @@ class Handle:
         if hasattr(model, "generate"):
             model.__dict__["generate"] = self._generate
         model.__dict__["_csp_handle"] = self
+
+    def _attend(self, attention: str | None) -> None:
+        """Attend to pruned prompts with csp_ext's own kernel, or as the model did before."""
+        self._own = attention == attentions.OWN
+        self._set_attention(attention or attentions.IMPLEMENTATIONS[self._base])
 
     def _set_attention(self, name: str) -> None:
         self.model.set_attn_implementation({self._decoder_key: name} if self._decoder_key else name)
@@ -174,6 +195,7 @@ class Handle:
         if self._own_generate is not None:
             attributes["generate"] = self._own_generate
         self._set_attention(self._base)
+        self._static.clear()
 
     def __enter__(self) -> Handle:
         return self
@@ -232,6 +254,9 @@ class Handle:
         """Call the model's own ``generate``, noting where the prompt ends: chunks and drafts hide it."""
         model: Any = self.model
         own = self._own_generate or type(model).generate.__get__(model)
+        if len(args) == 2:
+            ids, kwargs["generation_config"] = args
+            args = (ids,)
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         sources = (kwargs.get("attention_mask"), kwargs.get("inputs_embeds"), ids)
         lengths = [
@@ -239,6 +264,11 @@ class Handle:
         ]
         if not lengths:
             return own(*args, **kwargs)
+        given = kwargs.get("past_key_values")
+        method = self._method_of(given)
+        cache = self._static.prepare(kwargs, ids, lengths[0])
+        if cache is not None and method.delay:
+            raise ValueError("generate: a static cache is pruned right after the prompt; set delay=0")
         outer = self._announced()
         whole = isinstance(ids, Tensor) and ids.ndim == 2 and kwargs.get("inputs_embeds") is None
         known = outer.modality if outer else None
@@ -247,7 +277,7 @@ class Handle:
             self._warn("this model drafts for another, which takes tokens of the prompt back", stacklevel=3)
             prompt.length = 0
         else:
-            prompt.put_off(self.method.delay)
+            prompt.put_off(method.delay)
         token = ANNOUNCED.set(prompt)
         try:
             result = own(*args, **kwargs)
@@ -255,7 +285,13 @@ class Handle:
             ANNOUNCED.reset(token)
         if not prompt.reached:
             self._warn("no forward of the whole model completed the prompt", stacklevel=3)
+        if cache is not None and given is None and getattr(result, "past_key_values", None) is not cache:
+            self._static.keep(cache)
         return result
+
+    def _method_of(self, cache: Any) -> Method:
+        """Return what prunes this cache: a static one may bring its own method."""
+        return getattr(cache, "method", None) or self.method
 
     def _warn(self, reason: str, stacklevel: int = 4) -> None:
         """Say once per reason that a prompt is generated from correctly, but not pruned."""
@@ -294,23 +330,28 @@ class Handle:
             return None
         layers = pruned_layers(cache)
         for layer in layers:
-            layer.attended, layer.plan, layer.buffer = True, None, 0
+            layer.attended, layer.plan, layer.buffer, layer.own = True, None, 0, self._own
         if layers[0].slots or layers[0].settled:
+            # A step of generate: its room was checked, and what it appends is seen by all that follows.
+            if not (prompt.single and prompt.reached):
+                check_turn(layers, _fresh(bound), bound.get("attention_mask"))
             prompt.reached = True
             if prompt.recording is not None:
                 prompt.recording.keep(layers)
         else:
-            self._prepare(layers, prompt, bound)
+            self._prepare(layers, prompt, bound, self._method_of(cache))
+            if isinstance(cache, CSPStaticCache) and layers[0].plan is None and prompt.reached:
+                leave_whole(layers, _fresh(bound))
         if not made:
             return None
         bound["past_key_values"] = cache
         return (), bound
 
-    def _prepare(self, layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any]) -> None:
+    def _prepare(
+        self, layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any], method: Method
+    ) -> None:
         """Give the layers of an unpruned cache a plan if this forward completes a prompt."""
-        ids: Any = bound.get("input_ids")
-        embeddings: Any = bound.get("inputs_embeds")
-        fresh = embeddings if ids is None else ids
+        fresh = _fresh(bound)
         if fresh is None:
             return
         seen = layers[0].seen
@@ -323,7 +364,7 @@ class Handle:
         if end < length:
             prompt.reached |= end >= length - prompt.delay
             for layer in layers:
-                layer.buffer = self.method.observes(length)
+                layer.buffer = method.observes(length)
             return
         prompt.reached = True
         modality = self._modality(prompt, bound, seen, length)
@@ -339,7 +380,7 @@ class Handle:
         if prompt.recording is not None:
             prompt.recording.begin(layers, modality, real)
             return
-        plan = Plan.make(modality, real, self.method, len(layers))
+        plan = Plan.make(modality, real, method, len(layers))
         for layer in layers:
             layer.plan, layer.buffer = plan, plan.selection.observes if layer.queries is not None else 0
         self._stats = plan.stats
@@ -348,7 +389,7 @@ class Handle:
         """Return the modality [B, length] of a prompt that is complete now, None where it cannot be seen."""
         ids: Any = bound.get("input_ids")
         embeddings: Any = bound.get("inputs_embeds")
-        fresh = embeddings if ids is None else ids
+        fresh = _fresh(bound)
         modality = prompt.modality_for(fresh.shape[0], self._placeholders, fresh.device)
         if modality is None and ids is not None and seen == 0:
             modality = modality_of_ids(ids[:, :length], self._placeholders)

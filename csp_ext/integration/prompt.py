@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from csp_ext.dispatch import implementation_for
-from csp_ext.integration.cache import PrunedLayer, visibility_bias
+from csp_ext.dispatch import has_decode, implementation_for
+from csp_ext.integration.cache import PrunedLayer
+from csp_ext.integration.front import Front, visibility_bias
 from csp_ext.integration.modality import PADDING, modality_of_ids
 from csp_ext.integration.stats import LayerStats, PruneStats
 from csp_ext.methods.base import Layer, Method, Selection
+from csp_ext.methods.full import Full
 
 if TYPE_CHECKING:
     from csp_ext.integration.recording import Recording
@@ -108,8 +111,10 @@ class Plan:
         Fewest physical slots per row and head, without the sink: what the rows left whole need.
     whole : Tensor or None
         bool [B], the rows left whole.
-    plain : bool
-        Nothing in the pruned prompt has to be hidden from anyone.
+    left_padded : bool
+        All padding of the prompt stands at the left.
+    full : bool
+        Every row and head of a pruned prompt fills its slots and has dropped a token.
     """
 
     length: int
@@ -121,7 +126,8 @@ class Plan:
     prunes: bool
     slots: int
     whole: Tensor | None
-    plain: bool
+    left_padded: bool
+    full: bool
 
     @classmethod
     def make(cls, modality: Tensor, real: Tensor | None, method: Method, layers: int) -> Plan:
@@ -164,11 +170,8 @@ class Plan:
             prunes=any(over),
             slots=slots,
             whole=whole,
-            plain=left_padded
-            and selection.exact
-            and whole is None
-            and all(over)
-            and method.decode_n in (0, 1),
+            left_padded=left_padded,
+            full=selection.exact and whole is None and all(over),
         )
 
     @torch.no_grad()
@@ -214,17 +217,52 @@ class Plan:
                 causal=causal,
             )
             indices = self.select(seen)
-            kept = indices >= 0
-            slots, visible, n = indices, kept, self.decode_n
-            if n > 0:
-                # Compacting a -1 gives zeros: that is the sink. Only rows that dropped a token see it.
-                real = (seen.modality >= 0).sum(-1)[:, None, None]
-                visible = torch.cat([kept.sum(-1, keepdim=True) < real, kept], dim=-1)
-                slots = torch.nn.functional.pad(indices, (1, 0), value=PADDING)
-            bias = None if self.plain else visibility_bias(visible, n, query.shape[1], query.dtype)
+            slots, front = self._front(indices, query, keys, layer.own and has_decode(keys))
             key, value = implementation_for(keys).compact(keys, values, slots)
             key, value = self.selection.merge(seen, slots, key, value)
-            layer.replace_prompt(key, value, self.length, bias)
+            layer.replace_prompt(key, value, self.length, front)
             after = key.nbytes + value.nbytes
+        else:
+            layer.keep_prompt(self.length, self._whole(keys, layer.own and has_decode(keys)))
         layer.plan = layer.queries = None
         self.stats.layers.append(LayerStats(index, before, after, self.modality, indices))
+
+    def _front(self, indices: Tensor, query: Tensor, key: Tensor, own: bool) -> tuple[Tensor, Front]:
+        """Return what stands in each slot, int32 [B, Hs, slots], and how it is seen; `own`: by ``decode``."""
+        kept, n = indices >= 0, self.decode_n
+        lengths = kept.sum(-1)
+        real = (self.modality.to(indices.device) >= 0).sum(-1)[:, None]
+        if own:
+            count, heads = indices.shape[-1], key.shape[1]
+            front = Front(count, n=n)
+            front.start = (count - lengths).to(torch.int32).expand(-1, heads).contiguous()
+            if n > 0 and not self.full:
+                dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+                log_n = torch.full(lengths.shape, math.log(n), dtype=dtype, device=lengths.device)
+                log_n = log_n.masked_fill_(lengths == real, -torch.inf).expand(-1, heads)
+                front.log_n = log_n.repeat_interleave(query.shape[1] // heads, dim=1)[..., None]
+            return indices, front
+        slots, visible = indices, kept
+        if n > 0:
+            # Compacting a -1 gives zeros: that is the sink. Only rows that dropped a token see it.
+            visible = torch.cat([(lengths < real)[..., None], kept], dim=-1)
+            slots = torch.nn.functional.pad(indices, (1, 0), value=PADDING)
+        front = Front(slots.shape[-1])
+        if not (self.left_padded and self.full and n in (0, 1)):
+            front.bias = visibility_bias(visible, n, query.shape[1], query.dtype)
+        return slots, front
+
+    @classmethod
+    def untouched(cls, rows: int, length: int, device: torch.device) -> Plan:
+        """Return the plan of a prompt that is left whole because it cannot be judged."""
+        plan = cls.make(torch.zeros((rows, length), dtype=torch.int8, device=device), None, Full(), 0)
+        plan.left_padded = False  # where its padding stands is not known
+        return plan
+
+    def _whole(self, key: Tensor, own: bool) -> Front:
+        """Return how a prompt that loses nothing is seen."""
+        front = Front(self.length)
+        if own and self.left_padded:
+            padding = (self.modality < 0).sum(-1, dtype=torch.int32).to(key.device)
+            front.start = padding[:, None].expand(key.shape[:2]).contiguous()
+        return front
