@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from csp_ext.integration.cache import PrunedLayer, pruned_layers, visibility_bias
+from csp_ext.integration.cache import PrunedLayer, pruned_layers
+from csp_ext.integration.front import Front, visibility_bias
 from csp_ext.integration.recording import Recording
 from csp_ext.integration.stats import PruneStats
 
@@ -39,13 +40,14 @@ def with_slot(recording: Recording, cache: DynamicCache, stats: PruneStats, kind
         mass, value = dropped(whole, kept.indices)
         if kind == "one":
             mass = torch.zeros_like(mass)
-        front = layer.keys.new_zeros(rows, heads, 1, size)
-        layer.keys = torch.cat([front, layer.keys], 2)
-        layer.values = torch.cat([value[:, :, None] if kind == "residual" else front, layer.values], 2)
-        layer.slots, layer.settled = kept.indices.shape[-1] + 1, True
+        zeros = layer.keys.new_zeros(rows, heads, 1, size)
+        layer.keys = torch.cat([zeros, layer.keys], 2)
+        layer.values = torch.cat([value[:, :, None] if kind == "residual" else zeros, layer.values], 2)
+        layer.settled = True
         visible = torch.nn.functional.pad(kept.indices >= 0, (1, 0), value=True)
         bias = visibility_bias(visible, 0.0, mass.shape[1], mass.dtype).expand(-1, mass.shape[1], -1, -1)
-        layer.bias = torch.cat([mass[..., None, None], bias[..., 1:]], -1)
+        bias = torch.cat([mass[..., None, None], bias[..., 1:]], -1)
+        layer.front = Front(kept.indices.shape[-1] + 1, bias=bias)
         layers.append(layer)
     copy: Any = DynamicCache()
     copy.layers = layers
