@@ -350,7 +350,7 @@ def test_launched_processes_give_what_one_gives(tmp_path):
     assert json.loads(done.stdout)["rows"] == json.loads(one.stdout)["rows"]
 
 
-def record(arm, score, sample, *, dataset="A", group="g", seed=0, protocol="aware", kept=10):
+def record(arm, score, sample, *, dataset="A", group="g", level="Few", seed=0, protocol="aware", kept=10):
     method = arm.split()[0]
     return {
         "arm": arm,
@@ -359,6 +359,7 @@ def record(arm, score, sample, *, dataset="A", group="g", seed=0, protocol="awar
         "budget": 0.2,
         "dataset": dataset,
         "group": group,
+        "level": level,
         "seed": seed,
         "sample_id": str(sample),
         "protocol": protocol,
@@ -445,6 +446,19 @@ def test_tables_hold_the_numbers(tmp_path):
     text = (tmp_path / "t.md").read_text()
     assert "| csp | 20 % | 20.0% | 62.5 ± 12.5 | 71.4% | 0.500 | 25.0 | 100.0 |" in text
     assert "| csp 20 % | 25.0 ± 25.0 | 100.0 ± 0.0 |" in text
+
+
+def test_levels_are_told_apart_where_there_are_several(tmp_path):
+    records = two_arms([1, 1], [1, 0]) + two_arms([1, 1], [0, 0], dataset="B", level="Many")
+    results = rows(records)
+    few, many = (row for row in results if row.scope == "level" and row.arm != "full")
+    assert (few.of, few.mean.value, few.difference.value) == ("Few", 0.5, -0.5)
+    assert (many.of, many.mean.value) == ("Many", 0)
+    write_markdown(tmp_path / "t.md", results, "Title", "aware", None)
+    text = (tmp_path / "t.md").read_text()
+    assert "| arm | Few | Many |" in text
+    assert "| csp 20 % | 50.0 ± 50.0 | 0.0 ± 0.0 |" in text
+    assert all(row.scope != "level" for row in rows(two_arms([1, 1], [1, 0])))
 
 
 def test_rivals_are_compared_at_equal_budgets(tmp_path):

@@ -24,6 +24,7 @@ GROUPS = {
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 # Where a context shows an image, counted from 1; tables are images too.
 REFERENCE = re.compile(r"\{(?:image|table)#(\d{1,6})\}")
+LEVELS = ("Few", "Medium", "Many")
 FEW, MANY = 6, 31
 
 
@@ -125,4 +126,5 @@ class Draft:
 
 def level_of(images: int) -> str:
     """Return MileBench's name for a number of images."""
-    return "Few" if images < FEW else "Many" if images > MANY else "Medium"
+    few, medium, many = LEVELS
+    return few if images < FEW else many if images > MANY else medium

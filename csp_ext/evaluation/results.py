@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from csp_ext.demo.console import require
 from csp_ext.evaluation.arms import FULL
-from csp_ext.evaluation.items import GROUPS
+from csp_ext.evaluation.items import GROUPS, LEVELS
 
 Record = dict[str, Any]
 BOOTSTRAP_DRAWS = 4000
@@ -82,11 +82,18 @@ def chosen(
     arm: str | None = None,
     dataset: str | None = None,
     group: str | None = None,
+    level: str | None = None,
 ) -> list[Record]:
-    """Return the records of an arm, a data set, a group."""
-    wanted = {"arm": arm, "dataset": dataset, "group": group}
+    """Return the records of an arm, a data set, a group, a level of how many images there are."""
+    wanted = {"arm": arm, "dataset": dataset, "group": group, "level": level}
     given = {key: value for key, value in wanted.items() if value is not None}
     return [record for record in records if all(record[key] == value for key, value in given.items())]
+
+
+def levels(records: Sequence[Record]) -> list[str]:
+    """Return MileBench's levels of how many images a sample has, from few to many."""
+    found = {record["level"] for record in records}
+    return [level for level in LEVELS if level in found]
 
 
 def one_protocol(records: Sequence[Record]) -> str:
@@ -103,10 +110,10 @@ def one_protocol(records: Sequence[Record]) -> str:
     return protocols[0]
 
 
-def mean(
-    records: Sequence[Record], arm: str, *, dataset: str | None = None, group: str | None = None
-) -> Mean:
-    """Return the mean score of an arm on a data set, a group, or the whole suite.
+def mean(records: Sequence[Record], arm: str, **where: str) -> Mean:
+    """Return the mean score of an arm on a data set, a group, a level, or the whole suite.
+
+    `where` chooses as in :func:`chosen`, such as ``dataset="WebQA"``.
 
     Raises
     ------
@@ -114,32 +121,26 @@ def mean(
         If there is no such record, or the records are of several protocols.
     """
     one_protocol(records)
-    mine = chosen(records, arm=arm, dataset=dataset, group=group)
-    scores = [np.array(values) for values in _by_dataset(mine).values()]
+    scores = [np.array(values) for values in _by_dataset(chosen(records, arm=arm, **where)).values()]
     if not scores:
-        raise ValueError(f"records must hold {arm!r} on {dataset or group or 'some data set'}, got none")
+        place = ", ".join(where.values()) or "some data set"
+        raise ValueError(f"records must hold {arm!r} on {place}, got none")
     return Mean(*_mean_of_means(scores))
 
 
-def retention(
-    records: Sequence[Record], arm: str, *, dataset: str | None = None, group: str | None = None
-) -> float:
-    """Return an arm's mean score as a share of the full cache's; NaN where that is 0 or was not run."""
-    if not chosen(records, arm=FULL, dataset=dataset, group=group):
+def retention(records: Sequence[Record], arm: str, **where: str) -> float:
+    """Return an arm's mean score as a share of the full cache's; NaN where that is 0 or was not run.
+
+    `where` chooses as in :func:`mean`.
+    """
+    if not chosen(records, arm=FULL, **where):
         return math.nan
-    full = mean(records, FULL, dataset=dataset, group=group).value
-    return mean(records, arm, dataset=dataset, group=group).value / full if full else math.nan
+    full = mean(records, FULL, **where).value
+    return mean(records, arm, **where).value / full if full else math.nan
 
 
-def compare(
-    records: Sequence[Record],
-    arm: str,
-    other: str,
-    *,
-    dataset: str | None = None,
-    group: str | None = None,
-) -> Difference:
-    """Compare two arms on the samples that both have.
+def compare(records: Sequence[Record], arm: str, other: str, **where: str) -> Difference:
+    """Compare two arms on the samples that both have; `where` chooses as in :func:`mean`.
 
     Raises
     ------
@@ -148,8 +149,8 @@ def compare(
     """
     one_protocol(records)
     pairs = _pairs(
-        chosen(records, arm=arm, dataset=dataset, group=group),
-        chosen(records, arm=other, dataset=dataset, group=group),
+        chosen(records, arm=arm, **where),
+        chosen(records, arm=other, **where),
     )
     if not pairs:
         raise ValueError(f"{arm!r} and {other!r} must share samples, got none")

@@ -22,6 +22,7 @@ from csp_ext.evaluation.results import (
     compare,
     groups,
     labels,
+    levels,
     mean,
     one_protocol,
     retention,
@@ -29,7 +30,7 @@ from csp_ext.evaluation.results import (
 from csp_ext.evaluation.rivals import LEGEND as RIVALS
 from csp_ext.evaluation.rivals import Rivalry
 
-SUITE, GROUP, DATASET = "suite", "group", "dataset"
+SUITE, GROUP, LEVEL, DATASET = "suite", "group", "level", "dataset"
 PROTOCOL = {
     "aware": "The whole prompt was pruned, the question in sight",
     "agnostic": "What stands before the question was pruned, the question out of sight",
@@ -48,9 +49,9 @@ class Row:
     ----------
     arm, name, method : str
     budget : float or int
-    scope : {"suite", "group", "dataset"}
+    scope : {"suite", "group", "level", "dataset"}
     of : str
-        Name of the group or the data set; "all".
+        Name of the group, the level of how many images there are, or the data set; "all".
     kept : float
         Share of the prunable tokens that were kept.
     mean : Mean
@@ -100,7 +101,7 @@ def _finite(value: float) -> float | None:
 
 
 def rows(records: Sequence[Record]) -> list[Row]:
-    """Return every arm on the suite, on every group and on every data set.
+    """Return every arm on the suite, on every group, level of images (where they differ) and data set.
 
     Raises
     ------
@@ -110,6 +111,8 @@ def rows(records: Sequence[Record]) -> list[Row]:
     one_protocol(records)
     scopes = [(SUITE, "all")]
     scopes += [(GROUP, group) for group in groups(records)]
+    if len(found := levels(records)) > 1:
+        scopes += [(LEVEL, level) for level in found]
     scopes += [(DATASET, dataset) for dataset in dict.fromkeys(record["dataset"] for record in records)]
     full = chosen(records, arm=FULL)
     result = []
@@ -199,19 +202,25 @@ def terminal(results: Sequence[Row], title: str, protocol: str) -> Table:
 def write_markdown(
     path: Path, results: Sequence[Row], title: str, protocol: str, rivals: Rivalry | None
 ) -> None:
-    """Write the table, below it the one of the rivals, and one of the data sets."""
+    """Write the table, below it the one of the rivals, and those of the levels and the data sets."""
     head, lines = _wide(results)
-    names = list(dict.fromkeys(row.of for row in results if row.scope == DATASET))
-    cell = {(row.arm, row.of): with_error(row.mean) for row in results if row.scope == DATASET}
-    arms = list(dict.fromkeys(row.arm for row in results))
-    detail = [[arm, *(cell.get((arm, name), "-") for name in names)] for arm in arms]
     text = [f"# {title}", "", f"{PROTOCOL[protocol]}. {LEGEND}", "", *_markdown(head, lines), ""]
     if rivals is not None:
         text += [f"## {rivals.name} against the others", "", RIVALS.format(name=rivals.name), ""]
         text += [*_markdown(*rivals.lines()), ""]
-    text += ["## Data sets", "", *_markdown(["arm", *names], detail), ""]
+    for scope, heading in ((LEVEL, "Few, medium and many images"), (DATASET, "Data sets")):
+        names = list(dict.fromkeys(row.of for row in results if row.scope == scope))
+        if names:
+            text += [f"## {heading}", "", *_markdown(["arm", *names], _detail(results, scope, names)), ""]
     with replacing(path) as temporary:
         temporary.write_text("\n".join(text), encoding="utf-8")
+
+
+def _detail(results: Sequence[Row], scope: str, names: Sequence[str]) -> list[list[str]]:
+    """Return a line per arm with its score on each part of a scope."""
+    cell = {(row.arm, row.of): with_error(row.mean) for row in results if row.scope == scope}
+    arms = list(dict.fromkeys(row.arm for row in results))
+    return [[arm, *(cell.get((arm, name), "-") for name in names)] for arm in arms]
 
 
 def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

@@ -64,10 +64,10 @@ def parts(records: Sequence[Record]) -> dict[str, Callable[[str], Mean]]:
     """Return what gives an arm's mean score on all data sets, then on each group."""
     names = groups(records)
 
-    def of(group: str | None) -> Callable[[str], Mean]:
-        return lambda arm: mean(records, arm, group=group)
+    def of(**where: str) -> Callable[[str], Mean]:
+        return lambda arm: mean(records, arm, **where)
 
-    return {ALL: of(None), **({name: of(name) for name in names} if len(names) > 1 else {})}
+    return {ALL: of(), **({name: of(group=name) for name in names} if len(names) > 1 else {})}
 
 
 def plain(records: Sequence[Record], **more: Any) -> list[dict[str, Any]]:
