@@ -131,6 +131,7 @@ def paper(
             raise UserError(f"there is no {name!r} in the paper to measure; there are {', '.join(NAMES)}")
         require("hf", "transformers", "PIL")
         require("eval", "matplotlib", "scipy")
+        from csp_ext.evaluation.checkpoint import require_room
         from csp_ext.evaluation.runner import check
         from csp_ext.paper import report
         from csp_ext.paper.studies import STUDIES
@@ -163,7 +164,7 @@ def paper(
             with _request(options, study, shares) as request:
                 for subject in request.subjects:
                     check(subject.model, subject.processor, request.settings)
-                report.check_folder(options.out)
+                require_room(options.out)
                 finding = study.run(
                     request,
                     lambda done, total: bars.update(bar, completed=done, total=total, description=name),
@@ -209,8 +210,9 @@ def _request(options: _Options, study: Study, shares: tuple[float, ...]) -> Iter
     """Load the models and the data."""
     from csp_ext.evaluation.benchmark import BATCH_IMAGES, SUITE_BATCH_IMAGES
     from csp_ext.evaluation.settings import Settings
-    from csp_ext.paper import subject
+    from csp_ext.evaluation.sources import with_room
     from csp_ext.paper.request import Request
+    from csp_ext.paper.subject import asked
 
     if options.models and (len(options.models) > 1) != (study.models > 1):
         wanted = "one --model" if study.models == 1 else "several --model"
@@ -231,8 +233,8 @@ def _request(options: _Options, study: Study, shares: tuple[float, ...]) -> Iter
     window = _window(options.window)
     subjects = _subjects(options, study)
     if options.data is not None:
-        settings = subject.with_room(settings, subjects)
-    with subject.asked(options.data, options.datasets, options.samples, options.seeds) as (
+        settings = with_room(settings, [subject.model for subject in subjects])
+    with asked(options.data, options.datasets, options.samples, options.seeds) as (
         datasets,
         problems,
     ):

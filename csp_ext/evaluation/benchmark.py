@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from csp_ext.demo import checkpoint
-from csp_ext.demo.console import UserError, require
+from csp_ext.demo.console import UserError
+from csp_ext.evaluation import sources
 from csp_ext.evaluation.arms import arms_of
-from csp_ext.evaluation.checkpoint import EXAMINATION_SEED, load_eval_model
+from csp_ext.evaluation.checkpoint import load_eval_model
 from csp_ext.evaluation.facts import run_facts
 from csp_ext.evaluation.items import Dataset, Problem
 from csp_ext.evaluation.milebench import read_datasets
 from csp_ext.evaluation.processes import Processes
 from csp_ext.evaluation.runner import Settings, check, keys, run
 from csp_ext.evaluation.store import Store, check_folder
-from csp_ext.evaluation.suite import write_suite
-from csp_ext.evaluation.tasks import SUITE_LAYOUT, TASKS
+from csp_ext.evaluation.tasks import SUITE_LAYOUT
 
 SUITE_SAMPLES = 32
 # Images per batch: MileBench's, and 16 samples of the generated suite.
 BATCH_IMAGES = 24
 SUITE_BATCH_IMAGES = 16 * SUITE_LAYOUT.photos
-# Tokens that a template may add around instruction and context.
-FRAME = 96
 
 
 @dataclass(frozen=True)
@@ -118,10 +116,8 @@ def evaluate(request: Request, progress: Callable[[int, int], None]) -> Store:
     datasets, problems = {}, {}
     for seed in request.settings.seeds:
         datasets[seed], problems[seed] = _read(request, seed)
-    if any(dataset.metric == "rouge_l" for dataset in datasets[request.settings.seeds[0]]):
-        require("eval", "rouge")
     model, processor = _load(request, place)
-    settings = _resolved(request, model)
+    settings = request.settings if request.data is None else sources.with_room(request.settings, [model])
     check(model, processor, settings)
     described = {
         "model": "embedded" if request.model is None else str(request.model.resolve()),
@@ -150,32 +146,25 @@ def _suite(request: Request, seed: int) -> Path:
     return request.out / "suite" / f"seed{seed}"
 
 
-def _tasks(request: Request) -> list[str]:
-    for name in request.datasets:
-        if name not in TASKS:
-            raise UserError(f"the generated suite has no task {name}; it has {', '.join(TASKS)}")
-    return list(request.datasets or TASKS)
-
-
 def _write_suites(request: Request) -> None:
     """Write what is missing of the suites; a run may have been interrupted here, too."""
-    tasks, count = _tasks(request), request.samples or SUITE_SAMPLES
+    tasks, count = sources.tasks_of(request.datasets), request.samples or SUITE_SAMPLES
     for seed in request.settings.seeds:
         root = _suite(request, seed)
         missing = [task for task in tasks if not (root / task / f"{task}.json").is_file()]
-        write_suite(root, tasks=missing, count=count, seed=EXAMINATION_SEED + seed, mode="S")
+        sources.draw(root, missing, count, seed)
 
 
 def _read(request: Request, seed: int) -> tuple[list[Dataset], list[Problem]]:
-    names: Sequence[str] | None = request.datasets or None
     if request.data is None:
-        return read_datasets(_suite(request, seed), _tasks(request))
-    datasets, problems = read_datasets(
-        request.data, names, adversarial=request.adversarial, combined=request.combined
+        return read_datasets(_suite(request, seed), sources.tasks_of(request.datasets))
+    return sources.read(
+        request.data,
+        request.datasets,
+        request.samples,
+        adversarial=request.adversarial,
+        combined=request.combined,
     )
-    if not datasets:
-        raise UserError(f"no sample in {request.data} can be used; the first problem is {problems[0]}")
-    return [replace(dataset, samples=dataset.samples[: request.samples]) for dataset in datasets], problems
 
 
 def _load(request: Request, place: torch.device) -> tuple[Any, Any]:
@@ -187,12 +176,3 @@ def _load(request: Request, place: torch.device) -> tuple[Any, Any]:
     model, processor = load_eval_model(dtype=dtype)
     moved: Any = model
     return moved.to(place), processor
-
-
-def _resolved(request: Request, model: Any) -> Settings:
-    """Return the settings with the length that contexts are cut to."""
-    settings = request.settings
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if settings.context_len is not None or request.data is None or most is None:
-        return settings
-    return replace(settings, context_len=max(most // 2, most - settings.max_new_tokens - FRAME))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,8 @@ class Processes:
             from accelerate import PartialState
 
             state = result._state = PartialState(cpu=cpu)
+            # gloo's threads must end before the interpreter does, or it aborts the process.
+            atexit.register(state.destroy_process_group)
             result.rank, result.count = state.process_index, state.num_processes
             result.local_rank = state.local_process_index
         return result

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich import box
 from rich.table import Table
 
+from csp_ext.evaluation import sheets
 from csp_ext.evaluation.arms import FULL, ORACLE, shown
 from csp_ext.evaluation.results import Difference, Record, chosen, compare
 
@@ -55,19 +55,7 @@ class Rivalry:
 
     def terminal(self) -> Table:
         """Return the table for a terminal."""
-        head, lines = self.lines()
-        table = Table(
-            caption=LEGEND.format(name=self.name),
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            padding=(0, 0, 0, 1),
-        )
-        for at, title in enumerate(head):
-            table.add_column(title, justify="left" if at == 0 else "right", no_wrap=True)
-        for line in lines:
-            table.add_row(*line)
-        return table
+        return sheets.terminal(*self.lines(), caption=LEGEND.format(name=self.name))
 
 
 def rivalry(records: Sequence[Record], name: str) -> Rivalry | None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from csp_ext.demo.console import replacing
+from csp_ext.evaluation import sheets
 from csp_ext.evaluation.arms import FULL, shown
 from csp_ext.evaluation.results import (
     Difference,
@@ -84,20 +83,16 @@ class Row:
             "of": self.of,
             "kept": round(self.kept, 6),
             "score": self.mean.value,
-            "error": _finite(self.mean.error),
+            "error": sheets.finite(self.mean.error),
             "count": self.mean.count,
-            "retention": _finite(self.retention),
+            "retention": sheets.finite(self.retention),
             "difference": difference.value if difference else None,
-            "difference_error": _finite(difference.error) if difference else None,
+            "difference_error": sheets.finite(difference.error) if difference else None,
             "better": difference.better if difference else None,
             "worse": difference.worse if difference else None,
             "p": difference.p if difference else None,
             "test": difference.test if difference else None,
         }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def rows(records: Sequence[Record]) -> list[Row]:
@@ -182,36 +177,22 @@ def probability(p: float) -> str:
 
 def terminal(results: Sequence[Row], title: str, protocol: str) -> Table:
     """Return the table for a terminal."""
-    head, lines = _wide(results)
-    table = Table(
-        title=title,
-        caption=f"{PROTOCOL[protocol]}. {LEGEND}",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 0, 0, 1),
-    )
-    for at, name in enumerate(head):
-        table.add_column(name, justify="left" if at == 0 else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    return table
+    return sheets.terminal(*_wide(results), title, f"{PROTOCOL[protocol]}. {LEGEND}")
 
 
 def write_markdown(
     path: Path, results: Sequence[Row], title: str, protocol: str, rivals: Rivalry | None
 ) -> None:
     """Write the table, below it the one of the rivals, and those of the levels and the data sets."""
-    head, lines = _wide(results)
-    text = [f"# {title}", "", f"{PROTOCOL[protocol]}. {LEGEND}", "", *_markdown(head, lines), ""]
+    text = [f"# {title}", "", f"{PROTOCOL[protocol]}. {LEGEND}", "", *sheets.markdown(*_wide(results)), ""]
     if rivals is not None:
         text += [f"## {rivals.name} against the others", "", RIVALS.format(name=rivals.name), ""]
-        text += [*_markdown(*rivals.lines()), ""]
+        text += [*sheets.markdown(*rivals.lines()), ""]
     for scope, heading in ((LEVEL, "Few, medium and many images"), (DATASET, "Data sets")):
         names = list(dict.fromkeys(row.of for row in results if row.scope == scope))
         if names:
-            text += [f"## {heading}", "", *_markdown(["arm", *names], _detail(results, scope, names)), ""]
+            lines = _detail(results, scope, names)
+            text += [f"## {heading}", "", *sheets.markdown(["arm", *names], lines), ""]
     with replacing(path) as temporary:
         temporary.write_text("\n".join(text), encoding="utf-8")
 
@@ -223,15 +204,6 @@ def _detail(results: Sequence[Row], scope: str, names: Sequence[str]) -> list[li
     return [[arm, *(cell.get((arm, name), "-") for name in names)] for arm in arms]
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return [f"| {' | '.join(line)} |" for line in (head, rule, *lines)]
-
-
 def write_csv(path: Path, results: Sequence[Row]) -> None:
     """Write one line per arm and part of the data, with all numbers."""
-    plain = [row.plain() for row in results]
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(plain[0]))
-        writer.writeheader()
-        writer.writerows(plain)
+    sheets.write_csv(path, [row.plain() for row in results])

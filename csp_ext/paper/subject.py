@@ -5,18 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from csp_ext.demo import checkpoint
-from csp_ext.demo.console import UserError, require
-from csp_ext.evaluation.benchmark import FRAME
-from csp_ext.evaluation.checkpoint import EXAMINATION_SEED, load_eval_model
+from csp_ext.evaluation import sources
+from csp_ext.evaluation.checkpoint import load_eval_model
 from csp_ext.evaluation.items import Dataset, Problem
 from csp_ext.evaluation.milebench import read_datasets
-from csp_ext.evaluation.settings import Settings
-from csp_ext.evaluation.suite import write_suite
-from csp_ext.evaluation.tasks import TASKS
 from csp_ext.paper.request import Subject
 
 
@@ -30,16 +25,6 @@ def opened(folder: Path, device: str, dtype: str) -> Subject:
     """Return a checkpoint of the user's."""
     model, processor = checkpoint.load(folder, checkpoint.device_of(device), dtype)
     return Subject(folder.resolve().name, model, processor)
-
-
-def with_room(settings: Settings, subjects: Sequence[Subject]) -> Settings:
-    """Return settings that cut contexts so that every model has positions left for the answer."""
-    texts = [subject.model.config.get_text_config(decoder=True) for subject in subjects]
-    room = [most for text in texts if (most := getattr(text, "max_position_embeddings", None)) is not None]
-    if settings.context_len is not None or not room:
-        return settings
-    most = min(room)
-    return replace(settings, context_len=max(most // 2, most - settings.max_new_tokens - FRAME))
 
 
 @contextmanager
@@ -61,22 +46,14 @@ def asked(
         Of generated data; a folder has one.
     """
     if root is not None:
-        datasets, problems = read_datasets(root, names or None)
-        if not datasets:
-            raise UserError(f"no sample in {root} can be used; the first problem is {problems[0]}")
-        if any(dataset.metric == "rouge_l" for dataset in datasets):
-            require("eval", "rouge")
-        cut = [replace(dataset, samples=dataset.samples[:count]) for dataset in datasets]
-        yield {seeds[0]: cut}, problems
+        datasets, problems = sources.read(root, names, count)
+        yield {seeds[0]: datasets}, problems
         return
-    for name in names:
-        if name not in TASKS:
-            raise UserError(f"the generated suite has no task {name}; it has {', '.join(TASKS)}")
-    tasks = list(names or TASKS)
+    tasks = sources.tasks_of(names)
     with tempfile.TemporaryDirectory(prefix="csp-paper-") as scratch:
         result = {}
         for seed in seeds:
             folder = Path(scratch) / str(seed)
-            write_suite(folder, tasks=tasks, count=count or 1, seed=EXAMINATION_SEED + seed, mode="S")
+            sources.draw(folder, tasks, count or 1, seed)
             result[seed], _ = read_datasets(folder, tasks)
         yield result, []
