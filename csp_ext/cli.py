@@ -10,7 +10,7 @@ import typer
 
 from csp_ext.commands.eval import evaluate as eval_command
 from csp_ext.commands.paper import paper as paper_command
-from csp_ext.commands.shared import Json, one_line_errors, parse_budget, progress_bars, quiet
+from csp_ext.commands.shared import Device, Dtype, Json, one_line_errors, parse_budget, progress_bars, quiet
 from csp_ext.demo import progress
 from csp_ext.demo.console import UserError, check_target, first_line, require, stdout
 
@@ -120,10 +120,8 @@ def generate(
         Path | None,
         typer.Option("--picture", help="Draw what each layer keeps at the smallest budget.", metavar="FILE"),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's), float32, float16 or bfloat16.")
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     window: Annotated[
         str | None,
         typer.Option(help="Queries that observe: a number, question or half.", rich_help_panel="Method"),

@@ -216,6 +216,11 @@ class CSPConfig:
         if isinstance(self.budget, int):
             self.resolve(self.budget)
 
+    @property
+    def undivided(self) -> bool:
+        """Whether the attention itself divides the budget, and both lists count as one."""
+        return self.combine == "calibrated" and self.cross_ratio is None
+
     @classmethod
     def paper(cls, budget: float | int = 0.2, cross_ratio: float = 0.5) -> CSPConfig:
         """The paper's reading: one set for all heads, intersection, n-softmax also in decode."""

@@ -77,7 +77,7 @@ def select_tokens(
         causal=causal,
         **resolved.score_options(),
     )
-    if resolved.config.cross_ratio is None and resolved.config.combine == "calibrated":
+    if resolved.config.undivided:
         scores = (scores[0] + scores[1],) * 2
         # Whatever its modality, a key may stand in both lists.
         query_modality, causal = modality, False

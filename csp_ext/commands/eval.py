@@ -10,7 +10,19 @@ import typer
 from rich import box
 from rich.table import Table
 
-from csp_ext.commands.shared import Json, one_line_errors, parse_budget, progress_bars, quiet
+from csp_ext.commands.shared import (
+    ContextLen,
+    Device,
+    Dtype,
+    Json,
+    MaxNewTokens,
+    Protocol,
+    Template,
+    one_line_errors,
+    parse_budget,
+    progress_bars,
+    quiet,
+)
 from csp_ext.demo.console import UserError, require, stdout
 
 if TYPE_CHECKING:
@@ -61,25 +73,18 @@ def evaluate(
         list[int],
         typer.Option(help="Of the suite and of random choices; give it once per suite.", min=0),
     ] = [0],  # noqa: B006
-    protocol: Annotated[
-        str, typer.Option(help="aware: methods see the question; agnostic: they prune before it comes.")
-    ] = "aware",
-    template: Annotated[str, typer.Option(help="plain, milebench or chat.")] = "plain",
+    protocol: Protocol = "aware",
+    template: Template = "plain",
     adversarial: Annotated[
         bool, typer.Option("--adversarial", help="Take MileBench's adversarial annotations.")
     ] = False,
     combined: Annotated[
         int, typer.Option(help="Take MileBench's images combined into so many; 0: one by one.", min=0)
     ] = 0,
-    context_len: Annotated[
-        int | None,
-        typer.Option(help="Cut longer contexts to so many tokens; default: what the model has room for."),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate per answer.")] = 512,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's), float32, float16 or bfloat16.")
-    ] = "auto",
+    context_len: ContextLen = None,
+    max_new_tokens: MaxNewTokens = 512,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of torch.", min=1)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="16 samples of each data set.")] = False,

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from csp_ext.commands.shared import Json, one_line_errors, parse_budget, progress_bars, quiet
+from csp_ext.commands.shared import (
+    ContextLen,
+    Device,
+    Dtype,
+    Json,
+    MaxNewTokens,
+    Protocol,
+    Template,
+    one_line_errors,
+    parse_budget,
+    progress_bars,
+    quiet,
+)
 from csp_ext.demo.console import UserError, first_line, require
 
 if TYPE_CHECKING:
@@ -104,19 +116,12 @@ def paper(
             f"Default: {WINDOW}, the paper's."
         ),
     ] = None,
-    protocol: Annotated[
-        str, typer.Option(help="aware: methods see the question; agnostic: they prune before it comes.")
-    ] = "aware",
-    template: Annotated[str, typer.Option(help="plain, milebench or chat.")] = "plain",
-    context_len: Annotated[
-        int | None,
-        typer.Option(help="Cut longer contexts to so many tokens; default: what the model has room for."),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate per answer.")] = 512,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's), float32, float16 or bfloat16.")
-    ] = "auto",
+    protocol: Protocol = "aware",
+    template: Template = "plain",
+    context_len: ContextLen = None,
+    max_new_tokens: MaxNewTokens = 512,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples, steps and points.")] = False,
     as_json: Json = False,
 ) -> None:

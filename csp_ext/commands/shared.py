@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, budgets, progress bars."""
+"""What the commands share: options, errors in one line, budgets, progress bars."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from csp_ext.demo.console import UserError
 
+Protocol = Annotated[
+    str, typer.Option(help="aware: methods see the question; agnostic: they prune before it comes.")
+]
+Template = Annotated[str, typer.Option(help="plain, milebench or chat.")]
+ContextLen = Annotated[
+    int | None,
+    typer.Option(help="Cut longer contexts to so many tokens; default: what the model has room for."),
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate per answer.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, float16 or bfloat16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress bars.")]
 
 

@@ -15,12 +15,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from csp_ext.config import CSPConfig
 from csp_ext.integration import attention as attentions
-from csp_ext.integration.cache import PrunedLayer, adopt_cache, prunable_count, pruned_layers
+from csp_ext.integration.cache import PrunedLayer, adopt_cache, pruned_layers
 from csp_ext.integration.generation import StaticCaches, check_turn, leave_whole
-from csp_ext.integration.modality import modality_of_embeddings, modality_of_ids, placeholder_ids, real_tokens
+from csp_ext.integration.modality import modality_of_embeddings, modality_of_ids, real_tokens
 from csp_ext.integration.prompt import ANNOUNCED, Plan, Prompt
 from csp_ext.integration.static import CSPStaticCache
 from csp_ext.integration.stats import PruneStats
+from csp_ext.integration.support import check_model, decoder_key
 from csp_ext.methods import CSP, Method, make_method
 
 
@@ -98,45 +99,6 @@ def _method(config: CSPConfig | None, method: str | Method | None, fields: dict[
     return make_method("csp" if method is None else method, **fields)
 
 
-def _decoder_key(model: PreTrainedModel) -> str | None:
-    """Return the name of the decoder's sub-config, None where the model's config is the decoder's."""
-    text = model.config.get_text_config(decoder=True)
-    if text is model.config:
-        return None
-    for key in model.config.sub_configs:
-        if getattr(model.config, key, None) is text:
-            return key
-    raise ValueError(f"apply: cannot find the decoder's config inside {type(model.config).__name__}")
-
-
-def _check(model: PreTrainedModel) -> dict[int, int]:
-    """Return the placeholder ids of a model that can be pruned; raise ValueError for any other."""
-    name = type(model).__name__
-    text = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"apply: {name} is an encoder-decoder model; only decoder-only models have a prompt cache"
-        )
-    if getattr(text, "cross_attention_layers", None):
-        raise ValueError(
-            f"apply: {name} keeps its images in cross-attention layers, outside the prompt that CSP prunes"
-        )
-    placeholders = placeholder_ids(model.config)
-    if not placeholders:
-        raise ValueError(
-            f"apply: {name} has no image_token_id in its config, so its prompts hold no image tokens"
-        )
-    if prunable_count(text) == 0:
-        raise ValueError(f"apply: every attention layer of {name} has a sliding window or no keys to prune")
-    base = text._attn_implementation
-    if base not in attentions.IMPLEMENTATIONS:
-        raise ValueError(
-            f"apply: attn_implementation {base!r} is not supported; call "
-            f"model.set_attn_implementation with one of {sorted(attentions.IMPLEMENTATIONS)} first"
-        )
-    return placeholders
-
-
 def _fresh(bound: dict[str, Any]) -> Any:
     """Return what a forward adds to its cache: ids [B, q] or embeddings [B, q, hidden]; None for neither."""
     ids = bound.get("input_ids")
@@ -155,8 +117,8 @@ class Handle:
     """
 
     def __init__(self, model: PreTrainedModel, method: Method, attention: str | None = None) -> None:
-        self._placeholders = _check(model)
-        self._decoder_key = _decoder_key(model)
+        self._placeholders = check_model(model)
+        self._decoder_key = decoder_key(model)
         self.model = model
         self.method = method
         self._stats = PruneStats()
