@@ -132,6 +132,10 @@ class CSPConfig:
     delay : int
         How many tokens ``generate()`` appends to the prompt before pruning; they are kept, and their queries
         join the window. Until then the cache is whole.
+    decode_interval : int, optional
+        The integration prunes again, back to the budget, before more tokens than these follow a prune: no row
+        ever has more than the budget and these (Algorithm 1 prunes in every iteration). The last queries
+        decide, those of generated tokens included; there is no hop. None: a cache is pruned once.
     text_only : {"prune", "leave"}
         What the transformers integration does with a row that holds no image; the ops prune it.
     hh_ratio, recent_ratio, recent_bias : float, optional
@@ -158,6 +162,7 @@ class CSPConfig:
     pool_kernel: int = 7
     hop: float | int = 0.45
     delay: int = 0
+    decode_interval: int | None = None
     text_only: str = "prune"
     hh_ratio: float | None = None
     recent_ratio: float | None = None
@@ -176,6 +181,12 @@ class CSPConfig:
         check_int("delay", self.delay, 0)
         check_int("pool_kernel", self.pool_kernel, 1)
         check_real("hop", self.hop, 0, 1 if isinstance(self.hop, float) else math.inf)
+        if self.decode_interval is not None:
+            check_int("decode_interval", self.decode_interval, 1)
+            if self.text_only == "leave":
+                raise ValueError(
+                    'decode_interval must be None beside text_only="leave", which keeps whole rows'
+                )
         if self.pool_kernel % 2 == 0:
             raise ValueError(f"pool_kernel must be odd, got {self.pool_kernel}")
         if (self.hh_ratio is None) != (self.recent_ratio is None):
@@ -193,9 +204,9 @@ class CSPConfig:
         for name in ("budget", "window", "recent", "k_self", "k_cross"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} must be None beside hh_ratio, got {getattr(self, name)!r}")
-        for name in ("hop", "delay"):
+        for name in ("hop", "delay", "decode_interval"):
             if getattr(self, name):
-                raise ValueError(f"{name} must be 0 beside hh_ratio, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be off beside hh_ratio, got {getattr(self, name)}")
         if self.combine == "calibrated":
             raise ValueError('combine must be "union" or "intersection" beside hh_ratio, got "calibrated"')
 

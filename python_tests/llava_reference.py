@@ -129,6 +129,7 @@ class RowReference:
         self.values: list[Tensor | None] = [None] * layers
         self.kept: list[Tensor | None] = [None] * layers  # [Hkv, L]
         self.dropped: list[Tensor | None] = [None] * layers  # bool [Hs]
+        self.queries: list[Tensor | None] = [None] * layers  # [Hq, S, D]
         self.modality: list[int] = []
 
     @torch.no_grad()
@@ -143,7 +144,8 @@ class RowReference:
             features = model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
             hidden[tokens[0] == image_id] = torch.cat(list(features)).to(hidden.dtype)
         past = len(self.modality)
-        self.modality += [int(token == image_id) for token in ids]
+        # A placeholder that was generated is a word like any other.
+        self.modality += [int(token == image_id and pixels is not None) for token in ids]
         positions = torch.arange(past, past + len(ids), device=model.device)[None]
         cos, sin = decoder.rotary_emb(hidden[None], positions)
         for index, layer in enumerate(decoder.layers):
@@ -163,6 +165,8 @@ class RowReference:
             key = torch.cat([self.keys[index], key], dim=1)
             value = torch.cat([self.values[index], value], dim=1)
         self.keys[index], self.values[index] = key, value
+        known = self.queries[index]
+        self.queries[index] = query if known is None else torch.cat([known, query], dim=1)
         group = query.shape[0] // key.shape[0]
         stored = key.shape[1]
         slots = torch.arange(stored, device=x.device)
@@ -188,6 +192,51 @@ class RowReference:
             self.kept[index] = chosen
             self.dropped[index] = ~chosen.all(-1)
         return attn.o_proj(out.transpose(0, 1).reshape(count, -1))
+
+    @torch.no_grad()
+    def prune_again(self, run: int) -> None:
+        """Have every layer drop stored keys until the budget holds; its `run` last ones are without gaps."""
+        assert self.config is not None
+        sizes = self.config.replace(budget=self.budget).resolve(self.budget)
+        options = sizes.select_options()
+        kinds = torch.tensor(self.modality, dtype=torch.int8)
+        shared = self.config.heads == "shared"
+        for index, (query, key) in enumerate(zip(self.queries, self.keys, strict=True)):
+            assert query is not None
+            assert key is not None
+            group, total = query.shape[0] // key.shape[0], key.shape[1]
+            kept = torch.ones(1 if shared else key.shape[0], total, dtype=torch.bool)
+            before = self.kept[index]
+            assert before is not None
+            kept[:, : before.shape[1]] = before.expand(kept.shape[0], -1)
+            for head in range(kept.shape[0]):
+                places = kept[head].nonzero()[:, 0]
+                stored = kinds[places][None]
+                watched = min(run, len(places))
+                if sizes.window == "question":
+                    watched = min(watched, len(question_window(stored[0].tolist())))
+                else:
+                    watched = min(watched, sizes.window)
+                own = slice(None) if shared else slice(head * group, (head + 1) * group)
+                keys = key[:, places] if shared else key[head : head + 1, places]
+                scores = reference.score(
+                    query[None, own, total - watched :],
+                    keys[None],
+                    stored,
+                    query_modality=stored[:, len(places) - watched :],
+                    n=self.config.n,
+                    scale=key.shape[2] ** -0.5,
+                    heads=self.config.heads,
+                )
+                observing, causal = stored[:, len(places) - watched :], True
+                if self.config.combine == "calibrated" and self.config.cross_ratio is None:
+                    scores, observing, causal = (scores[0] + scores[1],) * 2, stored, False
+                chosen, _ = reference.select(*scores, stored, observing, causal=causal, **options)
+                chosen = chosen[0, 0][chosen[0, 0] >= 0].long()
+                kept[head] = False
+                kept[head, places[chosen]] = True
+            self.kept[index] = kept
+            self.dropped[index] = ~kept.all(-1)
 
 
 def generate_row(

@@ -94,6 +94,8 @@ def _behind(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to a pruned prompt and what follows it: with our own kernel, or the stock one and a mask."""
+    if front.ring is not None:
+        front.ring.write(query)
     scale, causal = _attends(module, kwargs)
     if (
         own

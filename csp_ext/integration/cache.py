@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
+from csp_ext.dispatch import implementation_for
 from csp_ext.integration.front import Front
 
 if TYPE_CHECKING:
+    from csp_ext.integration.growth import Growth
     from csp_ext.integration.prompt import Plan
+    from csp_ext.methods.base import Renewal
 
 # The layer updated last in this thread: the attention function is called next, and is not given the cache.
 _LATEST: ContextVar[weakref.ref[PrunedLayer] | None] = ContextVar("csp_latest_layer", default=None)
@@ -34,6 +37,7 @@ class PrunedLayer(DynamicLayer):
         super().__init__()
         self.seen = 0
         self.front: Front | None = None  # the pruned prompt; None: nothing was pruned
+        self.growth: Growth | None = None  # what pruning again takes; None: that does not happen
         self.plan: Plan | None = None  # set for the forward that completes a prompt
         self.buffer = 0  # keep that many last queries, for a prompt that comes in chunks or is recorded
         self.queries: Tensor | None = None  # [B, Hq, <= buffer, D]
@@ -84,12 +88,16 @@ class PrunedLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.seen
 
+    def written(self) -> int:
+        """Return how many physical slots are in use."""
+        return self.keys.shape[-2] if self.is_initialized else 0
+
     def after(self) -> int:
         """Return how many tokens after the pruned prompt are stored."""
-        return (self.keys.shape[-2] if self.is_initialized else 0) - self.slots
+        return self.written() - self.slots
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        stored = self.keys.shape[-2] if self.is_initialized else 0
+        stored = self.written()
         return stored + query_length, self.seen - stored
 
     def replace_prompt(self, key: Tensor, value: Tensor, length: int, front: Front) -> None:
@@ -101,6 +109,27 @@ class PrunedLayer(DynamicLayer):
 
     def keep_prompt(self, length: int, front: Front) -> None:
         """Note that the first `length` tokens, `front`, are a prompt that stays whole."""
+        if front.ring is not None:
+            self.front = Front(0, ring=front.ring)  # a later turn may yet complete a prompt to prune
+
+    def grows(self, renewal: Renewal) -> bool:
+        """Say whether the layer is to be pruned again while it grows."""
+        return True
+
+    def sink(self) -> int:
+        """Return how many slots in front of the tokens of a growing layer are a sink, 0 or 1."""
+        assert self.growth is not None
+        return max(0, self.slots - self.growth.kinds.shape[-1])
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and values in use, [B, Hkv, S, D]."""
+        return self.keys, self.values
+
+    def renew(self, places: Tensor, front: Front) -> None:
+        """Keep the slots that `places` names, int32 [B, Hs, slots], -1 for zeros, to be seen as `front`."""
+        key, value = self.stored()
+        self.keys, self.values = implementation_for(key).compact(key, value, places)
+        self.front = front
 
     def remember(self, query: Tensor, scale: float | None, causal: bool) -> None:
         """Keep the last `buffer` queries of a prompt, and how they attend."""
@@ -114,21 +143,27 @@ class PrunedLayer(DynamicLayer):
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         if not self.is_initialized or remove == 0:
             return
-        after = self.keys.shape[-2] - self.slots
-        if self.slots and remove > after:
+        if self.slots and remove > self.after():
             raise ValueError(
-                f"crop would remove {remove} tokens, only the {after} after the pruned prompt can go"
+                f"crop would remove {remove} tokens, only the {self.after()} after the pruned prompt can go"
             )
+        self._forget(remove)
         self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
         self.queries = None if self.queries is None else self.queries[..., :-remove, :]
         self.seen -= remove
+
+    def _forget(self, tokens: int) -> None:
+        """Drop what is remembered of the last `tokens` ones, before they go themselves."""
+        if self.growth is not None and self.front is not None and self.front.ring is not None:
+            self.front.ring.crop(tokens)
+            self.growth.crop(self.written() - self.sink() - tokens)
 
     def reset(self) -> None:
         # Emptied by hand: older versions of transformers would zero tensors that a new prompt must not see.
         self.keys = self.values = None
         self.is_initialized = False
         self.seen = self.buffer = 0
-        self.front = self.plan = self.queries = None
+        self.front = self.growth = self.plan = self.queries = None
         self.settled = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -147,6 +182,8 @@ class PrunedLayer(DynamicLayer):
         """Do to the rows of what belongs to a sequence as was done to its keys."""
         if self.front is not None:
             self.front.each(take)
+        if self.growth is not None:
+            self.growth.each(take)
         self.queries = None if self.queries is None else take(self.queries)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from csp_ext.integration.ring import Ring
 from csp_ext.ops import decode
 
 MAX_QUERIES = 8  # of one call of decode
@@ -38,6 +39,8 @@ class Front:
         0-dim int32, one past the last written slot of a buffer; None: the cache has no free slots.
     clean : bool
         Whether every token after the prompt is seen by all that follow it.
+    ring : Ring or None
+        Takes the queries of new tokens, where the cache is pruned again while it grows.
     """
 
     slots: int
@@ -47,6 +50,7 @@ class Front:
     log_n: Tensor | None = None
     end: Tensor | None = None
     clean: bool = True
+    ring: Ring | None = None
 
     @property
     def hides(self) -> bool:
@@ -58,6 +62,8 @@ class Front:
         self.bias = None if self.bias is None else change(self.bias)
         self.start = None if self.start is None else change(self.start)
         self.log_n = None if self.log_n is None else change(self.log_n)
+        if self.ring is not None:
+            self.ring.each(change)
 
     def takes(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Say whether ``decode`` can attend for these queries."""
@@ -128,6 +134,64 @@ class Front:
             group = query.shape[1] // visible.shape[1]
             sink = self.log_n[:, ::group] > -torch.inf
         return visibility_bias(torch.cat([sink, visible], dim=-1), self.n, query.shape[1], query.dtype)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How new tokens attend to what a prune left.
+
+    Attributes
+    ----------
+    n : float
+        n-softmax constant.
+    own : bool
+        Whether ``decode`` attends.
+    plain : bool
+        Whether the model's own mask has the padding of these slots right, and all rows and heads have dropped
+        a token.
+    heads : tuple of int
+        Hq and Hkv.
+    dtype : torch.dtype
+        Of the queries.
+    """
+
+    n: float
+    own: bool
+    plain: bool
+    heads: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def sink(self) -> int:
+        """Slots in front of the tokens that stand for n in a stock kernel: an all-zero one, or none."""
+        return int(self.n > 0 and not self.own)
+
+    def front(self, kept: Tensor, dropped: Tensor) -> Front:
+        """Return how the slots are seen.
+
+        Parameters
+        ----------
+        kept : Tensor
+            bool [B, Hs, T], the slots in use, the sink left out; the free ones stand at the left.
+        dropped : Tensor
+            bool [B, Hs], who has dropped a token: only they have an n-softmax.
+        """
+        count = kept.shape[-1]
+        num_heads, num_kv_heads = self.heads
+        if self.own:
+            front = Front(count, n=self.n)
+            front.start = (count - kept.sum(-1)).to(torch.int32).expand(-1, num_kv_heads).contiguous()
+            if self.n > 0 and not self.plain:
+                exact = torch.float64 if self.dtype == torch.float64 else torch.float32
+                log_n = torch.full(dropped.shape, math.log(self.n), dtype=exact, device=dropped.device)
+                log_n = log_n.masked_fill_(~dropped, -torch.inf).expand(-1, num_kv_heads)
+                front.log_n = log_n.repeat_interleave(num_heads // num_kv_heads, dim=1)[..., None]
+            return front
+        visible = torch.cat([dropped[..., None], kept], dim=-1) if self.sink else kept
+        front = Front(visible.shape[-1])
+        if not (self.plain and self.n in (0, 1)):
+            front.bias = visibility_bias(visible, self.n, num_heads, self.dtype)
+        return front
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria
 
-from csp_ext.integration.cache import PrunedLayer
-from csp_ext.integration.prompt import Plan
+from csp_ext.integration.cache import PrunedLayer, pruned_layers
+from csp_ext.integration.growth import make_room
+from csp_ext.integration.modality import PADDING
+from csp_ext.integration.prompt import Plan, Prompt
 from csp_ext.integration.static import CSPStaticCache, StaticPrunedLayer
 
 _DEFAULT = 20  # new tokens of a generate() that is told no length
@@ -46,7 +51,9 @@ class StaticCaches:
         self._model = model
         self._spare: deque[CSPStaticCache] = deque(maxlen=1)
 
-    def prepare(self, kwargs: dict[str, Any], ids: Any, length: int) -> CSPStaticCache | None:
+    def prepare(
+        self, kwargs: dict[str, Any], ids: Any, length: int, interval: int | None
+    ) -> CSPStaticCache | None:
         """Put a static cache that was asked for by name into `kwargs`, check the room of one that was given.
 
         Parameters
@@ -57,6 +64,8 @@ class StaticCaches:
             Its token ids.
         length : int
             Of the whole prompt, earlier turns included.
+        interval : int or None
+            After how many tokens the cache is pruned again.
 
         Returns
         -------
@@ -72,7 +81,15 @@ class StaticCaches:
         if setting(self._model, kwargs, "prefill_chunk_size") is not None:
             # transformers would compile the chunks, too; where a prompt ends is decided outside of a graph.
             kwargs["disable_compile"] = True
-        if given is not None:
+        drafts = kwargs.get("assistant_model") is not None or bool(
+            setting(self._model, kwargs, "prompt_lookup_num_tokens")
+        )
+        if interval is not None and drafts:
+            raise ValueError(
+                "generate: with decode_interval a static cache has no room for drafted tokens; "
+                "use a dynamic cache"
+            )
+        if given is not None and (interval is None or interval > given.max_new_tokens):
             # The last token is not fed; a first prompt takes no room.
             needed, free = count - 1, given.free()
             if given.static:
@@ -82,6 +99,7 @@ class StaticCaches:
                     f"generate: the static cache has room for {free} more tokens, {needed} are needed; "
                     "make it with a larger max_new_tokens"
                 )
+        if given is not None:
             return given
         try:
             cache = self._spare.pop()  # at once: another thread may want it
@@ -100,6 +118,31 @@ class StaticCaches:
     def clear(self) -> None:
         """Forget the buffers."""
         self._spare.clear()
+
+
+class KeepRoom(StoppingCriteria):
+    """Called by ``generate`` after every token, outside of its graph: prunes a cache again where it is full.
+
+    Stops nothing.
+    """
+
+    def __init__(self, prompt: Prompt, pruned: Callable[[], None]) -> None:
+        self._prompt = prompt
+        self._pruned = pruned  # called after a prune
+        self._written: int | None = None
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        cache = None if self._prompt.cache is None else self._prompt.cache()
+        layers = [] if cache is None else pruned_layers(cache)
+        if layers and layers[0].growth is not None:
+            if self._written is None or not isinstance(layers[0], StaticPrunedLayer):
+                self._written = layers[0].written()
+            else:
+                self._written += 1  # what reading it from the device would say
+            if make_room(layers, 1, self._written):
+                self._written = layers[0].slots
+                self._pruned()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def leave_whole(layers: list[PrunedLayer], fresh: Tensor) -> None:
@@ -133,11 +176,47 @@ def check_turn(layers: list[PrunedLayer], fresh: Tensor | None, mask: Any) -> No
         return
     after = first.after()
     before = int(first.get_seq_length()) - after
-    columns = first.room if isinstance(first, StaticPrunedLayer) else after + queries
+    columns = first.columns if isinstance(first, StaticPrunedLayer) else after + queries
     clean = clean_turn(mask, queries, before, after + queries, columns)
     for layer in layers:
         if layer.front is not None:
             layer.front.clean = clean
+
+
+def note_turn(layers: list[PrunedLayer], kinds: Tensor, mask: Any, seen: int) -> None:
+    """Have layers that are pruned again remember of what modality new tokens are; reads the device.
+
+    Parameters
+    ----------
+    layers : list
+        Of a cache that grows.
+    kinds : Tensor
+        int8 [B, q].
+    mask : Tensor or dict or None
+        Of the model's forward: 2-D over all tokens seen, or 4-D over the slots. What it hides is padding.
+    seen : int
+        Tokens before these.
+    """
+    first = layers[0]
+    assert first.growth is not None
+    written = first.written()
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    hidden = None
+    if isinstance(mask, Tensor):
+        begin = seen if mask.ndim == 2 else written
+        shown = mask if mask.ndim == 2 else mask[:, 0, -1]
+        shown = shown[:, begin : begin + kinds.shape[1]]
+        hidden = ~shown if shown.dtype == torch.bool else (shown == 0 if mask.ndim == 2 else shown != 0)
+        if hidden.shape != kinds.shape or not bool(hidden.any()):
+            hidden = None
+    after = written - first.sink() - first.growth.kinds.shape[-1]
+    for layer in layers:
+        assert layer.growth is not None
+        layer.growth.note(kinds if hidden is None else kinds.masked_fill(hidden, PADDING), after)
+        if hidden is not None:
+            # The columns of a mask over all tokens do not fit what a prune leaves of them.
+            layer.growth.decoding = replace(layer.growth.decoding, plain=False)
 
 
 def clean_turn(mask: Any, queries: int, first: int, after: int, columns: int) -> bool:

@@ -11,12 +11,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StoppingCriteriaList
 
 from csp_ext.config import CSPConfig
 from csp_ext.integration import attention as attentions
 from csp_ext.integration.cache import PrunedLayer, adopt_cache, pruned_layers
-from csp_ext.integration.generation import StaticCaches, check_turn, leave_whole
+from csp_ext.integration.generation import KeepRoom, StaticCaches, check_turn, leave_whole, note_turn
+from csp_ext.integration.growth import make_room
 from csp_ext.integration.modality import modality_of_embeddings, modality_of_ids, real_tokens
 from csp_ext.integration.prompt import ANNOUNCED, Plan, Prompt
 from csp_ext.integration.static import CSPStaticCache
@@ -216,9 +217,8 @@ class Handle:
         """Call the model's own ``generate``, noting where the prompt ends: chunks and drafts hide it."""
         model: Any = self.model
         own = self._own_generate or type(model).generate.__get__(model)
-        if len(args) == 2:
-            ids, kwargs["generation_config"] = args
-            args = (ids,)
+        kwargs |= dict(zip(list(inspect.signature(own).parameters)[1:], args[1:], strict=False))
+        args = args[:1]
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         sources = (kwargs.get("attention_mask"), kwargs.get("inputs_embeds"), ids)
         lengths = [
@@ -228,7 +228,7 @@ class Handle:
             return own(*args, **kwargs)
         given = kwargs.get("past_key_values")
         method = self._method_of(given)
-        cache = self._static.prepare(kwargs, ids, lengths[0])
+        cache = self._static.prepare(kwargs, ids, lengths[0], method.decode_interval)
         if cache is not None and method.delay:
             raise ValueError("generate: a static cache is pruned right after the prompt; set delay=0")
         outer = self._announced()
@@ -240,6 +240,11 @@ class Handle:
             prompt.length = 0
         else:
             prompt.put_off(method.delay)
+        if given is not None and prompt.length:
+            self._room_for_turn(given, lengths[0])
+        if method.decode_interval is not None:
+            asked = kwargs.get("stopping_criteria") or []
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*asked, KeepRoom(prompt, self._renewed)])
         token = ANNOUNCED.set(prompt)
         try:
             result = own(*args, **kwargs)
@@ -250,6 +255,17 @@ class Handle:
         if cache is not None and given is None and getattr(result, "past_key_values", None) is not cache:
             self._static.keep(cache)
         return result
+
+    def _room_for_turn(self, cache: Any, length: int) -> None:
+        """Prune a cache again that a new turn would overfill; its masks are made before the forward."""
+        layers = pruned_layers(cache) if isinstance(cache, Cache) else []
+        if not layers or layers[0].growth is None or not layers[0].slots:
+            return
+        if make_room(layers, length - int(layers[0].get_seq_length())):
+            self._renewed()
+
+    def _renewed(self) -> None:
+        self._stats.renewals += 1
 
     def _method_of(self, cache: Any) -> Method:
         """Return what prunes this cache: a static one may bring its own method."""
@@ -293,15 +309,19 @@ class Handle:
         layers = pruned_layers(cache)
         for layer in layers:
             layer.attended, layer.plan, layer.buffer, layer.own = True, None, 0, self._own
+        # A step of generate: its room was checked, and what it appends is text that all that follows sees.
+        stepping = prompt.single and prompt.reached
         if layers[0].slots or layers[0].settled:
-            # A step of generate: its room was checked, and what it appends is seen by all that follows.
-            if not (prompt.single and prompt.reached):
+            if not stepping:
+                self._turn(layers, prompt, bound)
                 check_turn(layers, _fresh(bound), bound.get("attention_mask"))
             prompt.reached = True
             if prompt.recording is not None:
                 prompt.recording.keep(layers)
         else:
             self._prepare(layers, prompt, bound, self._method_of(cache))
+            if layers[0].plan is None and not stepping:
+                self._turn(layers, prompt, bound)
             if isinstance(cache, CSPStaticCache) and layers[0].plan is None and prompt.reached:
                 leave_whole(layers, _fresh(bound))
         if not made:
@@ -346,6 +366,23 @@ class Handle:
         for layer in layers:
             layer.plan, layer.buffer = plan, plan.selection.observes if layer.queries is not None else 0
         self._stats = plan.stats
+
+    def _turn(self, layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any]) -> None:
+        """Prepare layers that are pruned again for tokens that no step of ``generate`` brings."""
+        fresh = _fresh(bound)
+        if layers[0].growth is None or fresh is None:
+            return
+        # Where generate begins, it was done before the masks were made.
+        if not prompt.single and make_room(layers, fresh.shape[1]):
+            self._renewed()
+        ids, known, seen = bound.get("input_ids"), prompt.modality, int(layers[0].get_seq_length())
+        if known is not None and known.shape[1] == seen + fresh.shape[1]:
+            kinds = known[:, seen:].to(torch.int8)
+        elif ids is not None:
+            kinds = modality_of_ids(ids, self._placeholders)
+        else:
+            kinds = torch.zeros(fresh.shape[:2], dtype=torch.int8, device=fresh.device)
+        note_turn(layers, kinds, bound.get("attention_mask"), seen)
 
     def _modality(self, prompt: Prompt, bound: dict[str, Any], seen: int, length: int) -> Tensor | None:
         """Return the modality [B, length] of a prompt that is complete now, None where it cannot be seen."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from csp_ext.dispatch import has_decode, implementation_for
 from csp_ext.integration.cache import PrunedLayer
-from csp_ext.integration.front import Front, visibility_bias
+from csp_ext.integration.front import Decoding, Front
+from csp_ext.integration.growth import Growth
 from csp_ext.integration.modality import PADDING, modality_of_ids
 from csp_ext.integration.stats import LayerStats, PruneStats
 from csp_ext.methods.base import Layer, Method, Selection
@@ -113,8 +113,8 @@ class Plan:
         bool [B], the rows left whole.
     left_padded : bool
         All padding of the prompt stands at the left.
-    full : bool
-        Every row and head of a pruned prompt fills its slots and has dropped a token.
+    plain : bool
+        The padding stands at the left, and every row and head fills its slots and has dropped a token.
     """
 
     length: int
@@ -127,7 +127,7 @@ class Plan:
     slots: int
     whole: Tensor | None
     left_padded: bool
-    full: bool
+    plain: bool
 
     @classmethod
     def make(cls, modality: Tensor, real: Tensor | None, method: Method, layers: int) -> Plan:
@@ -171,7 +171,7 @@ class Plan:
             slots=slots,
             whole=whole,
             left_padded=left_padded,
-            full=selection.exact and whole is None and all(over),
+            plain=left_padded and selection.exact and whole is None and all(over),
         )
 
     @torch.no_grad()
@@ -204,53 +204,45 @@ class Plan:
         """
         keys, values = layer.keys[:, :, : self.length], layer.values[:, :, : self.length]
         before = after = keys.nbytes + values.nbytes
+        seen = Layer(
+            query=query.to(keys.dtype),
+            key=keys,
+            value=values,
+            modality=self.modality.to(keys.device),
+            index=len(self.stats.layers),
+            count=self.layers,
+            scale=scale,
+            causal=causal,
+        )
         indices = None
+        decoding = Decoding(
+            n=self.decode_n,
+            own=layer.own and has_decode(keys),
+            plain=self.plain,
+            heads=(query.shape[1], keys.shape[1]),
+            dtype=query.dtype,
+        )
         if self.prunes:
-            seen = Layer(
-                query=query.to(keys.dtype),
-                key=keys,
-                value=values,
-                modality=self.modality.to(keys.device),
-                index=len(self.stats.layers),
-                count=self.layers,
-                scale=scale,
-                causal=causal,
-            )
             indices = self.select(seen)
-            slots, front = self._front(indices, query, keys, layer.own and has_decode(keys))
+            kept = indices >= 0
+            dropped = kept.sum(-1) < (seen.modality >= 0).sum(-1)[:, None]
+            front = decoding.front(kept, dropped)
+            # Compacting a -1 gives zeros: that is the sink.
+            slots = torch.nn.functional.pad(indices, (decoding.sink, 0), value=PADDING)
             key, value = implementation_for(keys).compact(keys, values, slots)
             key, value = self.selection.merge(seen, slots, key, value)
+        else:
+            front = self._whole(keys, decoding.own)
+        renewal = self.selection.renewal
+        if renewal is not None and layer.grows(renewal):
+            layer.growth, front.ring = Growth.after(seen, indices, renewal, decoding, self.left_padded)
+        if indices is not None:
             layer.replace_prompt(key, value, self.length, front)
             after = key.nbytes + value.nbytes
         else:
-            layer.keep_prompt(self.length, self._whole(keys, layer.own and has_decode(keys)))
+            layer.keep_prompt(self.length, front)
         layer.plan = layer.queries = None
         self.stats.layers.append(LayerStats(index, before, after, self.modality, indices))
-
-    def _front(self, indices: Tensor, query: Tensor, key: Tensor, own: bool) -> tuple[Tensor, Front]:
-        """Return what stands in each slot, int32 [B, Hs, slots], and how it is seen; `own`: by ``decode``."""
-        kept, n = indices >= 0, self.decode_n
-        lengths = kept.sum(-1)
-        real = (self.modality.to(indices.device) >= 0).sum(-1)[:, None]
-        if own:
-            count, heads = indices.shape[-1], key.shape[1]
-            front = Front(count, n=n)
-            front.start = (count - lengths).to(torch.int32).expand(-1, heads).contiguous()
-            if n > 0 and not self.full:
-                dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-                log_n = torch.full(lengths.shape, math.log(n), dtype=dtype, device=lengths.device)
-                log_n = log_n.masked_fill_(lengths == real, -torch.inf).expand(-1, heads)
-                front.log_n = log_n.repeat_interleave(query.shape[1] // heads, dim=1)[..., None]
-            return indices, front
-        slots, visible = indices, kept
-        if n > 0:
-            # Compacting a -1 gives zeros: that is the sink. Only rows that dropped a token see it.
-            visible = torch.cat([(lengths < real)[..., None], kept], dim=-1)
-            slots = torch.nn.functional.pad(indices, (1, 0), value=PADDING)
-        front = Front(slots.shape[-1])
-        if not (self.left_padded and self.full and n in (0, 1)):
-            front.bias = visibility_bias(visible, n, query.shape[1], query.dtype)
-        return slots, front
 
     @classmethod
     def untouched(cls, rows: int, length: int, device: torch.device) -> Plan:

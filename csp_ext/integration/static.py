@@ -10,9 +10,12 @@ from transformers import StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
 from csp_ext.config import CSPConfig
+from csp_ext.dispatch import implementation_for
 from csp_ext.integration.cache import PrunedLayer
 from csp_ext.integration.front import Front
+from csp_ext.integration.growth import make_room
 from csp_ext.methods import CSP, Method, make_method
+from csp_ext.methods.base import Renewal
 
 _ANY_LENGTH = 2**31  # sliding layers of the model are bounded by their window
 
@@ -27,7 +30,8 @@ class StaticPrunedLayer(PrunedLayer):
     Parameters
     ----------
     room : int
-        Slots for the tokens after the prompt.
+        Slots for the tokens after the prompt. Where the method prunes again, after at most so many, the
+        buffer holds T + m of them instead.
     """
 
     is_compileable = True
@@ -72,26 +76,40 @@ class StaticPrunedLayer(PrunedLayer):
         return self.keys.shape[-2], self._length - self.slots
 
     def get_max_length(self) -> int:
-        """Return how many tokens the layer can see, -1 before the prompt is complete."""
-        return self._length + self.room if self.static else -1
+        """Return how many tokens the layer can see, -1 where that is not known or not bounded."""
+        return self._length + self.columns if self.static and self.growth is None else -1
 
-    def after(self) -> int:
-        """Return how many tokens after the prompt are stored; reads the device."""
-        return int(self.end) - self.slots if self.static else super().after()
+    @property
+    def columns(self) -> int:
+        """Slots after the prompt."""
+        return self.keys.shape[-2] - self.slots if self.static else self.room
+
+    def written(self) -> int:
+        """Return how many physical slots are in use; reads the device."""
+        return int(self.end) if self.static else super().written()
 
     def free(self) -> int:
         """Return how many more tokens after the prompt there is room for; reads the device."""
-        return self.room - self.after() if self.static else self.room
+        return self.columns - self.after() if self.static else self.room
+
+    def grows(self, renewal: Renewal) -> bool:
+        return renewal.interval <= self.room
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and values in use, [B, Hkv, S, D]; reads the device."""
+        end = self.written()
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
     def replace_prompt(self, key: Tensor, value: Tensor, length: int, front: Front) -> None:
         tail = self.keys[:, :, length:], self.values[:, :, length:]
         written = key.shape[-2] + tail[0].shape[-2]
-        if tail[0].shape[-2] > self.room:
+        capacity = key.shape[-2] + self.room if self.growth is None else self.growth.limit
+        if written > capacity:
             raise ValueError(
-                f"the cache has room for {self.room} new tokens, got {tail[0].shape[-2]}; "
+                f"the cache has room for {capacity - key.shape[-2]} new tokens, got {tail[0].shape[-2]}; "
                 "make it with a larger max_new_tokens"
             )
-        keys, values, kept = self._allocate(key, value, front)
+        keys, values, kept = self._allocate(key, value, front, capacity)
         with torch.no_grad():
             for buffer, prompt, drafts in ((keys, key, tail[0]), (values, value, tail[1])):
                 buffer[:, :, : key.shape[-2]] = prompt
@@ -110,9 +128,11 @@ class StaticPrunedLayer(PrunedLayer):
     def keep_prompt(self, length: int, front: Front) -> None:
         self.replace_prompt(self.keys[:, :, :length], self.values[:, :, :length], length, front)
 
-    def _allocate(self, key: Tensor, value: Tensor, front: Front) -> tuple[Tensor, Tensor, Front]:
-        """Return buffers for these slots, and `front`: the ones of the last prompt where they fit."""
-        shape = (*key.shape[:2], key.shape[2] + self.room)
+    def _allocate(
+        self, key: Tensor, value: Tensor, front: Front, capacity: int
+    ) -> tuple[Tensor, Tensor, Front]:
+        """Return buffers of `capacity` slots, and `front`: the ones of the last prompt where they fit."""
+        shape = (*key.shape[:2], capacity)
         old, self._buffers = self._buffers, None
         if (
             old is None
@@ -125,14 +145,23 @@ class StaticPrunedLayer(PrunedLayer):
                 for tensor in (key, value)
             )
             front.each(_static)
+            if front.ring is not None:
+                _static(front.ring.count)
             return keys, values, front
         keys, values, last = old
-        for name in ("bias", "start", "log_n"):
-            new, kept = getattr(front, name), getattr(last, name)
-            if new is not None:
-                same = kept is not None and _fits(kept, new, new.shape)
-                setattr(front, name, kept.copy_(new) if same else _static(new))
+        _keep_places(front, last)
         return keys, values, front
+
+    def renew(self, places: Tensor, front: Front) -> None:
+        assert self.front is not None
+        key, value = self.stored()
+        implementation_for(key).compact_(key, value, places.contiguous())
+        self.end.fill_(places.shape[-1])
+        self.offset.add_(key.shape[-2] - places.shape[-1])
+        self._length = self._length - self.slots + key.shape[-2]
+        _keep_places(front, self.front)
+        front.end = self.end
+        self._hold(self.keys, self.values, front)
 
     def _hold(self, keys: Tensor, values: Tensor, front: Front) -> None:
         self.keys, self.values, self.front = keys, values, front
@@ -151,6 +180,7 @@ class StaticPrunedLayer(PrunedLayer):
             raise ValueError(
                 f"crop would remove {remove} tokens, only the {after} after the pruned prompt can go"
             )
+        self._forget(remove)
         self.end.sub_(remove)
 
     def reset(self) -> None:
@@ -165,9 +195,12 @@ class StaticPrunedLayer(PrunedLayer):
         if not self.static:
             super().reorder_cache(beam_idx)
             return
+        assert self.front is not None
         for tensor in (self.keys, self.values):
-            tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
-        self._each_row(lambda tensor: tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device))))
+            tensor.copy_(_rows(tensor, beam_idx))
+        self.front.each(lambda tensor: tensor.copy_(_rows(tensor, beam_idx)))
+        if self.growth is not None:
+            self.growth.each(lambda tensor: _rows(tensor, beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -181,6 +214,27 @@ class StaticPrunedLayer(PrunedLayer):
         """Attach what attention must know to the buffers of another batch size."""
         if self.static and self.front is not None:
             self._hold(_static(self.keys), _static(self.values), self.front)
+
+
+def _rows(tensor: Tensor, index: Tensor) -> Tensor:
+    return tensor.index_select(0, index.to(tensor.device))
+
+
+def _keep_places(front: Front, last: Front) -> None:
+    """Have the tensors of `front` stand where those of another one stood, as far as they fit."""
+    for name in ("bias", "start", "log_n"):
+        new, kept = getattr(front, name), getattr(last, name)
+        if new is not None and new is not kept:
+            same = kept is not None and _fits(kept, new, new.shape)
+            setattr(front, name, kept.copy_(new) if same else _static(new))
+    if front.ring is None or front.ring is last.ring:
+        return
+    if last.ring is not None and _fits(last.ring.queries, front.ring.queries, front.ring.queries.shape):
+        last.ring.become(front.ring)
+        front.ring = last.ring
+    else:
+        front.ring.each(_static)
+        _static(front.ring.count)
 
 
 def _static(tensor: Tensor) -> Tensor:
@@ -259,3 +313,21 @@ class CSPStaticCache(Cache):
     def free(self) -> int:
         """Return how many more tokens after the prompt there is room for; reads the device."""
         return self._first.free()
+
+    @property
+    def grows(self) -> bool:
+        """Whether the cache is pruned again whenever it is full (``CSPConfig.decode_interval``)."""
+        return self._first.growth is not None
+
+    def make_room(self, tokens: int = 1) -> bool:
+        """Prune again if `tokens` more would not fit, as ``generate`` and uncompiled forwards do themselves.
+
+        For a decode loop of your own whose step is compiled: call it before every step, or at least before
+        :meth:`free` tokens have been added. Reads the device.
+
+        Returns
+        -------
+        bool
+            Whether the cache was pruned. False, too, where it is full and does not grow.
+        """
+        return make_room([layer for layer in self.layers if isinstance(layer, StaticPrunedLayer)], tokens)

@@ -87,9 +87,15 @@ class PruneStats:
     """What was kept of the last prompt: one :class:`LayerStats` per prunable layer, and their sums.
 
     ``print(stats)`` shows a table; in a rich console the object renders as one.
+
+    Attributes
+    ----------
+    renewals : int
+        How often the cache has been pruned again since (``CSPConfig.decode_interval``).
     """
 
     layers: list[LayerStats] = field(default_factory=list)
+    renewals: int = 0
 
     @property
     def bytes_before(self) -> int:
@@ -106,14 +112,16 @@ class PruneStats:
         return {
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "renewals": self.renewals,
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
     def __rich__(self) -> Table:
         saved = 1 - self.bytes_after / self.bytes_before if self.bytes_before else 0.0
-        table = Table(
-            title=f"KV cache: {_size(self.bytes_before)} -> {_size(self.bytes_after)} ({saved:.0%} freed)"
-        )
+        title = f"KV cache: {_size(self.bytes_before)} -> {_size(self.bytes_after)} ({saved:.0%} freed)"
+        if self.renewals:
+            title += f", pruned again {self.renewals} times"
+        table = Table(title=title)
         for name in ("layer", "kept", "dropped", "text kept", "image kept", "before", "after"):
             table.add_column(name, justify="right")
         for layer in self.layers:

@@ -39,6 +39,40 @@ class Layer:
     causal: bool
 
 
+@dataclass(frozen=True)
+class Renewal(ABC):
+    """How to prune once more what a prune has left and what came since.
+
+    Attributes
+    ----------
+    budget : int
+        T, slots per row after each prune.
+    recent : int
+        R, how many last tokens each prune keeps.
+    window : int
+        O, how many last queries are looked at, at most.
+    interval : int
+        m, tokens from one prune to the next: a row never has more than T + m.
+    """
+
+    budget: int
+    recent: int
+    window: int
+    interval: int
+
+    @abstractmethod
+    def select(self, layer: Layer, there: Tensor) -> Tensor:
+        """Return the kept slots, int32 [B, Hs, T], ascending, -1 free at the left.
+
+        Parameters
+        ----------
+        layer : Layer
+            The stored tokens; its queries are the last ones, and belong to its last keys.
+        there : Tensor
+            bool [O], which of the queries are at hand.
+        """
+
+
 class Selection(ABC):
     """A method's decisions on one prompt, for all of its layers.
 
@@ -52,8 +86,11 @@ class Selection(ABC):
         How many of the prompt's last queries are looked at.
     exact : bool
         Whether a row of at least `prune_from` tokens fills every slot.
+    renewal : Renewal or None
+        How to prune again while the answer grows; None: never.
     """
 
+    renewal: Renewal | None = None
     budget: int
     prune_from: int
     observes: int
@@ -94,11 +131,14 @@ class Method(ABC):
         What happens to a row without images.
     delay : int
         How many tokens ``generate()`` appends to the prompt before pruning.
+    decode_interval : int or None
+        How many tokens may follow a prune before the next one; None: there is no next one.
     """
 
     decode_n: float = 0.0
     text_only: str = "prune"
     delay: int = 0
+    decode_interval: int | None = None
 
     @abstractmethod
     def observes(self, length: int) -> int:
