@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from csp_ext.config import CSPConfig
 from csp_ext.integration import attention as attentions
+from csp_ext.integration import flash
 from csp_ext.integration.cache import PrunedLayer, adopt_cache, pruned_layers
 from csp_ext.integration.generation import StaticCaches, check_turn, leave_whole
 from csp_ext.integration.modality import modality_of_embeddings, modality_of_ids, real_tokens
@@ -45,7 +46,8 @@ def apply(
         Another method instead: a name of ``csp_ext.methods.METHODS`` such as "snapkv", or an instance.
     attention : {"csp"}, optional
         How to attend to a pruned prompt: "csp" is the compiled ``decode``, for up to 8 new queries at a time
-        (prompts go through sdpa); default: the model's own implementation.
+        (prompts go through sdpa); default: the model's own implementation. With flash_attention_2, which
+        takes no mask, prompts go through flash-attn and all that follows as for "csp" in either case.
     **fields
         Any field of the config or the named method, e.g. ``budget=0.2``: a float in (0, 1] is a share of the
         batch's longest prompt, an int is a number of tokens.
@@ -140,8 +142,9 @@ class Handle:
 
     def _attend(self, attention: str | None) -> None:
         """Attend to pruned prompts with csp_ext's own kernel, or as the model did before."""
-        self._own = attention == attentions.OWN
-        self._set_attention(attention or attentions.IMPLEMENTATIONS[self._base])
+        on_flash = self._base == flash.BASE  # which takes no mask that would hide slots
+        self._own = on_flash or attention == attentions.OWN
+        self._set_attention((None if on_flash else attention) or attentions.IMPLEMENTATIONS[self._base])
 
     def _set_attention(self, name: str) -> None:
         self.model.set_attn_implementation({self._decoder_key: name} if self._decoder_key else name)

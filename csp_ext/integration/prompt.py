@@ -187,7 +187,13 @@ class Plan:
         return torch.where(self.whole.to(indices.device)[:, None, None], real, indices)
 
     def carry_out(
-        self, index: int, layer: PrunedLayer, query: Tensor, scale: float | None, causal: bool
+        self,
+        index: int,
+        layer: PrunedLayer,
+        query: Tensor,
+        scale: float | None,
+        causal: bool,
+        lse: Tensor | None = None,
     ) -> None:
         """Replace the prompt of one layer by its kept tokens, and note what was kept.
 
@@ -201,6 +207,8 @@ class Plan:
             [B, Hq, O or more, D], the last queries of the prompt.
         scale, causal
             Of the model's attention.
+        lse : Tensor or None
+            [B, Hq, O or more], what the attention found for these queries.
         """
         keys, values = layer.keys[:, :, : self.length], layer.values[:, :, : self.length]
         before = after = keys.nbytes + values.nbytes
@@ -215,6 +223,7 @@ class Plan:
                 count=self.layers,
                 scale=scale,
                 causal=causal,
+                lse=lse,
             )
             indices = self.select(seen)
             slots, front = self._front(indices, query, keys, layer.own and has_decode(keys))
