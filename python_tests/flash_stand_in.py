@@ -1,14 +1,16 @@
 """flash-attn's interface in plain torch, and transformers made to believe that it is installed.
 
-Signatures, alignment of the causal mask and shapes of what comes back are those that flash-attn documents; its
-kernels are not here. Unlike them this one also takes float32 and float64, and computes in them.
+Signatures, the alignment of the causal mask and the shapes of what comes back are those that flash-attn
+documents; its kernels are not here. Unlike them this one also takes float32 and float64.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -34,7 +36,7 @@ def flash_attn_func(
 ) -> Any:
     """Attend with q [B, q, Hq, D] to k and v [B, S, Hkv, D]; the LSE is [B, Hq, q], float32."""
     CALLS.append("flash_attn_func")
-    assert not dropout_p and alibi_slopes is None
+    assert (dropout_p, alibi_slopes) == (0, None)
     output, lse = _attention(q, k, v, softmax_scale, causal, window_size, softcap)
     return (output, lse, None) if return_attn_probs else output
 
@@ -59,12 +61,12 @@ def flash_attn_varlen_func(
 ) -> Any:
     """Attend within sequences that lie one behind the other, [total, H, D]; the LSE is [Hq, total]."""
     CALLS.append("flash_attn_varlen_func")
-    assert not dropout_p and alibi_slopes is None and block_table is None
+    assert (dropout_p, alibi_slopes, block_table) == (0, None, None)
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     starts, key_starts = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    assert starts[-1] == q.shape[0] and key_starts[-1] == k.shape[0]
-    assert max_seqlen_q == max(b - a for a, b in zip(starts, starts[1:], strict=False))
-    assert max_seqlen_k == max(b - a for a, b in zip(key_starts, key_starts[1:], strict=False))
+    assert (starts[-1], key_starts[-1]) == (q.shape[0], k.shape[0])
+    assert max_seqlen_q == max(b - a for a, b in itertools.pairwise(starts))
+    assert max_seqlen_k == max(b - a for a, b in itertools.pairwise(key_starts))
     output, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=_computed(q))
     for row in range(len(starts) - 1):
         own = slice(starts[row], starts[row + 1])
@@ -89,8 +91,9 @@ def _attention(
     window_size: tuple[int, int],
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    assert q.dtype == k.dtype == v.dtype and q.shape[-1] == k.shape[-1] == v.shape[-1]
-    assert q.shape[2] % k.shape[2] == 0 and q.stride(-1) == 1
+    assert q.dtype == k.dtype == v.dtype
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+    assert q.shape[2] % k.shape[2] == 0
     dtype, group = _computed(q), q.shape[2] // k.shape[2]
     query = q.to(dtype).transpose(1, 2)
     key, value = (t.to(dtype).transpose(1, 2).repeat_interleave(group, dim=1) for t in (k, v))
@@ -121,6 +124,7 @@ def installed() -> Iterator[list[str]]:
     import transformers.modeling_flash_attention_utils as utils
 
     package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
+    package.__spec__ = ModuleSpec("flash_attn", None)  # others look whether it is there
     for function in (flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache):
         setattr(package, function.__name__, function)
     vars(padding).update(pad_input=utils._pad_input, unpad_input=utils._unpad_input)

@@ -105,12 +105,7 @@ def _behind(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to a pruned prompt and what follows it: with our own kernel, or the stock one and a mask."""
     scale, causal = _attends(module, kwargs)
-    if (
-        own
-        and front.takes(query, key, value)
-        and (causal or query.shape[-2] == 1)
-        and not _foreign(kwargs)
-    ):
+    if own and front.takes(query, key, value) and (causal or query.shape[-2] == 1) and not _foreign(kwargs):
         return front.attend(query, key, value, scale), None
     if base == flash.BASE:  # takes no mask of this kind; sdpa knows no foreign options
         base = "eager" if _foreign(kwargs) else "sdpa"

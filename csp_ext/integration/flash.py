@@ -16,13 +16,13 @@ BASE = "flash_attention_2"
 _OPTIONS = ("sliding_window", "softcap", "s_aux", "is_causal", "cu_seq_lens_q", "cu_seq_lens_k", "cache")
 
 
-def mask_for(*args: Any, q_offset: Any = 0, **kwargs: Any) -> Tensor | None:
+def mask_for(**options: Any) -> Tensor | None:
     """Return the mask of a forward: flash-attn's 2-D one, or sdpa's where a buffer has free slots to hide.
 
     Only a buffer counts its tokens on the device. What it holds is never flash-attn's to attend to.
     """
-    make = sdpa_mask if isinstance(q_offset, Tensor) else flash_attention_mask
-    return make(*args, q_offset=q_offset, **kwargs)
+    make = sdpa_mask if isinstance(options.get("q_offset"), Tensor) else flash_attention_mask
+    return make(**options)
 
 
 def visible(mask: Tensor | None, query: Tensor, stored: int, causal: bool) -> Tensor | None:
@@ -99,23 +99,23 @@ def attend_with_lse(
     if attention_mask is None:
         output, lse, _ = flash_attn_func(*states, **options)
         return output, lse
-    return _unpadded(*states, attention_mask, options)
+    return _unpadded(states, attention_mask, options)
 
 
 def _unpadded(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict[str, Any]
+    states: tuple[Tensor, ...], mask: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with the real tokens of [B, L, H, D] one row behind the other, as flash-attn wants a batch."""
     from flash_attn import flash_attn_varlen_func
 
-    rows, length, heads, _ = query.shape
+    rows, length, heads, _ = states[0].shape
     lengths = mask.sum(-1, dtype=torch.int32)
     starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     longest = int(lengths.max())
     place = mask.flatten().nonzero().flatten()
-    packed = (tensor.flatten(0, 1)[place] for tensor in (query, key, value))
+    packed = (tensor.flatten(0, 1)[place] for tensor in states)
     real, real_lse, _ = flash_attn_varlen_func(*packed, starts, starts, longest, longest, **options)
-    output = query.new_zeros(rows * length, *real.shape[1:])
+    output = real.new_zeros(rows * length, *real.shape[1:])
     output[place] = real
     output = output.view(rows, length, *real.shape[1:])
     if real_lse.shape != (heads, place.numel()):  # before 2.6, one padded row per sequence

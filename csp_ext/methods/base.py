@@ -28,8 +28,8 @@ class Layer:
     causal : bool
         Whether a query sees only keys at or before its position.
     lse : Tensor or None
-        [B, Hq, Q], the natural log-sum-exp of each query's logits over the keys it sees, padding hidden, where
-        the prompt's attention said so; in the dtype that ``score`` returns.
+        [B, Hq, Q], the natural log-sum-exp of each query's logits over the keys that it sees, in the dtype of
+        the scores; None where the attention did not say.
     """
 
     query: Tensor
