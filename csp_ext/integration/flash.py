@@ -118,7 +118,7 @@ def _unpadded(
     output = real.new_zeros(rows * length, *real.shape[1:])
     output[place] = real
     output = output.view(rows, length, *real.shape[1:])
-    if real_lse.shape != (heads, place.numel()):  # before 2.6, one padded row per sequence
+    if real_lse.shape != (heads, place.numel()):  # 2.5 and older: one padded row per sequence
         return output, None
     lse = real_lse.new_full((heads, rows * length), -torch.inf)
     lse[:, place] = real_lse
