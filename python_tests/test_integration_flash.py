@@ -28,6 +28,8 @@ from torch._dynamo.utils import counters
 from csp_ext import ops
 from csp_ext.config import CSPConfig
 from csp_ext.integration import CSPStaticCache, apply, flash
+from csp_ext.integration import attention as attentions
+from csp_ext.integration.front import Front
 from csp_ext.methods import make_method
 
 # Left padding; the third row is shorter than the budget, the fourth has no image.
@@ -357,3 +359,21 @@ def test_values_of_another_width(module: Any) -> None:
     narrow, lse = flash.attend_with_lse(module, query, key, value[..., :12], None)
     assert lse is None
     assert torch.equal(narrow, expected[..., :12])
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_softcap_behind_a_pruned_prompt_is_the_model_s_own(queries: int) -> None:
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    module = Gemma2Attention(transformers.Gemma2Config(**sizes, num_hidden_layers=1), 0).double()
+    query, key, value = states(4, queries, 9)
+    start = torch.tensor([[0, 2], [1, 4]], dtype=torch.int32)
+    key.csp_front = Front(6, start=start, n=2.5)  # type: ignore[attr-defined]
+    output, _ = attentions._attend_flash(module, query, key, value, None, scaling=0.3, softcap=2.0)
+    logits = (query @ key.repeat_interleave(2, dim=1).mT * 0.3 / 2).tanh() * 2
+    seen = torch.ones(queries, 9, dtype=torch.bool).tril(9 - queries)
+    seen = seen & (torch.arange(9) >= start.repeat_interleave(2, dim=1)[:, :, None, None])
+    mass = logits.exp() * seen
+    expected = mass / (mass.sum(-1, keepdim=True) + 2.5) @ value.repeat_interleave(2, dim=1)
+    torch.testing.assert_close(output.transpose(1, 2), expected, rtol=0, atol=1e-6)
