@@ -45,7 +45,6 @@ def main(
     folder: Annotated[Path, typer.Option(help="The results folder.")] = HERE / "results",
 ) -> None:
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
     begin, measured = time.monotonic(), commit()
     worst = measure(seeds)
     about = {
@@ -93,7 +92,7 @@ def report(about: dict[str, str], worst: Worst) -> str:
         chosen = {key: error for key, error in worst.items() if key[0].dtype == dtype}
         parts += [
             f"## {str(dtype).removeprefix('torch.')}",
-            f"One rounding is {torch.finfo(dtype).eps / 2:.1e}. The largest of all steps and numbers of KV heads:",
+            f"One rounding is {torch.finfo(dtype).eps / 2:.1e}. The largest of all steps and KV heads:",
             table(chosen, ways, caches, way_and_cache),
             "The largest of all caches and n:",
             table(chosen, ATTENTIONS, shapes, attention_and_shape),
@@ -102,10 +101,12 @@ def report(about: dict[str, str], worst: Worst) -> str:
 
 
 def way_and_cache(case: Combination, _count: int) -> tuple[str, str]:
+    """Return the row and the column of a case in the first table."""
     return f"{case.attention}, n = {case.decode_n:g}", f"{case.batch}, {STORES[case.static]}"
 
 
 def attention_and_shape(case: Combination, count: int) -> tuple[str, str]:
+    """Return the row and the column of a case in the second table."""
     return case.attention, f"{count} at a time, {case.kv_heads} KV heads"
 
 

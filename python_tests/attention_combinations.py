@@ -89,7 +89,8 @@ class Step:
     @property
     def error(self) -> float:
         """The largest difference, relative to the largest value: the output is a mean of values."""
-        return float((self.output.double() - self.expected).abs().max()) / self.largest_value
+        difference = (self.output.double() - self.expected).abs().nan_to_num(torch.inf)
+        return float(difference.max()) / self.largest_value
 
 
 @dataclass

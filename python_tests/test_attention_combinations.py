@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +27,19 @@ from attention_combinations import (
 )
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+BENCH = Path(__file__).parent.parent / "bench"
 STORES = tuple(itertools.product((HEADS, HEADS // 2), (False, True)))  # KV heads, static cache
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Import a module of the bench folder."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    threads = torch.get_num_threads()
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+    for module in [m for m in sys.modules.values() if str(BENCH) in str(getattr(m, "__file__", ""))]:
+        del sys.modules[module.__name__]
 
 
 def allowed(combination: Combination, step: Step) -> float:
@@ -32,9 +49,10 @@ def allowed(combination: Combination, step: Step) -> float:
         return 1e-6 if combination.attention == "eager" else 1e-14
     if combination.dtype == torch.float32:
         return 1e-6
-    # Roundings of bfloat16, 2^-8 each, in units of the largest value: the output, the weights before they
-    # meet the values, and log n or its sigmoid. Everything else is float32.
-    roundings = 3.0
+    # Roundings of bfloat16, 2^-8 each, in units of the largest value; everything else is float32.
+    roundings = 2.0  # of the output, before and after its correction for n
+    if not step.decoded:
+        roundings = 3.0  # of the weights before they meet the values, of log n, and of the output
     if combination.attention == "eager":
         # The logits are bfloat16, too: each is off by its own rounding, and so is the mean of them all.
         roundings += 2 * step.largest_logit
@@ -75,3 +93,17 @@ def test_a_wrong_constant_or_a_key_too_many_would_show() -> None:
     ):
         for step, other in zip(steps, run(wrong), strict=True):
             assert (step.expected - other.output).abs().max() > 1e-2 * step.largest_value
+
+
+def test_the_page_of_the_benchmark(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bench = load("attention_accuracy")
+    few = [Combination(attention, 1.0, 2, "plain", True, torch.float32) for attention in ATTENTIONS]
+    monkeypatch.setattr(bench, "combinations", lambda _dtypes: few)
+    bench.main(seeds=1, folder=tmp_path)
+    page = (tmp_path / "attention_accuracy.md").read_text()
+    for case in few:
+        steps = run(case)
+        worst = max(step.error for step in steps)
+        assert f"| {case.attention}, n = 1 | 0.0e+00 | {worst:.1e} |" in page
+        by_count = " | ".join(f"0.0e+00 | {step.error:.1e}" for step in steps)
+        assert f"| {case.attention} | {by_count} |" in page
