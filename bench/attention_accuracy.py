@@ -53,13 +53,13 @@ def main(
         "commit": measured,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "model": "one layer of a LLaVA with random weights, 4 query heads of 16, 4 or 2 KV heads",
-        "cases": f"{len(worst)} combinations with their numbers of new tokens, {seeds} seeds each",
+        "cases": f"{len(worst)}: every combination and number of new tokens; {seeds} seeds each",
         "took": f"{time.monotonic() - begin:.0f} s on one thread of {cpu_model()}",
     }
     text = report(about, worst)
-    print(text)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "attention_accuracy.md").write_text(text)
+    print(text)
 
 
 def measure(seeds: int) -> Worst:

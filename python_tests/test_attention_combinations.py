@@ -75,7 +75,8 @@ def test_equals_the_masked_full_cache_in_float64(attention: str, batch: str, dty
 
 
 def test_the_batches_are_what_they_are_called() -> None:
-    kept = {batch: run(Combination("sdpa", 0.0, 2, batch, False, torch.float64))[0].kept for batch in BATCHES}
+    cases = {batch: Combination("sdpa", 0.0, HEADS, batch, False, torch.float64) for batch in BATCHES}
+    kept = {batch: run(case)[0].kept for batch, case in cases.items()}
     assert (kept["plain"] == BUDGET).all()
     for batch in ("left padding", "padding inside"):
         assert kept[batch][:, 0].tolist() == [BUDGET, BUDGET, 9]
