@@ -361,6 +361,21 @@ def test_values_of_another_width(module: Any) -> None:
     assert torch.equal(narrow, expected[..., :12])
 
 
+def test_padding_that_only_the_modality_knows(model: Any, lses: list[bool]) -> None:
+    """Attention saw it, so its LSE is not that of the scores."""
+    row = torch.tensor([make_row("40", 5)])
+    modality, kept = torch.zeros_like(row), []
+    for hidden in (0, 12):
+        modality[:, 8 : 8 + hidden] = -1
+        for base in ("sdpa", "flash_attention_2"):
+            model.set_attn_implementation({"text_config": base})
+            with apply(model, CONFIG.replace(hop=0.0)) as handle, handle.prompt(modality=modality):
+                model(input_ids=row)
+            kept.append(handle.stats.layers[0].indices)
+        assert torch.equal(kept[-2], kept[-1])
+    assert lses == [False, False, True, True] + [False] * 4
+
+
 @pytest.mark.parametrize("queries", [1, 3])
 def test_softcap_behind_a_pruned_prompt_is_the_model_s_own(queries: int) -> None:
     from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention

@@ -340,12 +340,16 @@ class Handle:
             )
             return
         real = real_tokens(bound.get("attention_mask"), length)
+        masked = True
         if prompt.modality is not None:
-            real = modality >= 0 if real is None else real & (modality >= 0)
+            known = modality >= 0
+            masked = bool((known if real is None else known | ~real).all())
+            real = known if real is None else real & known
         if prompt.recording is not None:
             prompt.recording.begin(layers, modality, real)
             return
         plan = Plan.make(modality, real, method, len(layers))
+        plan.masked = masked
         for layer in layers:
             layer.plan, layer.buffer = plan, plan.selection.observes if layer.queries is not None else 0
         self._stats = plan.stats

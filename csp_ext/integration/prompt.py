@@ -115,6 +115,8 @@ class Plan:
         All padding of the prompt stands at the left.
     full : bool
         Every row and head of a pruned prompt fills its slots and has dropped a token.
+    masked : bool
+        The model's attention hides all that is padding here; a modality given by hand may say more.
     """
 
     length: int
@@ -128,6 +130,7 @@ class Plan:
     whole: Tensor | None
     left_padded: bool
     full: bool
+    masked: bool = True
 
     @classmethod
     def make(cls, modality: Tensor, real: Tensor | None, method: Method, layers: int) -> Plan:
@@ -223,7 +226,7 @@ class Plan:
                 count=self.layers,
                 scale=scale,
                 causal=causal,
-                lse=lse,
+                lse=lse if self.masked else None,
             )
             indices = self.select(seen)
             slots, front = self._front(indices, query, keys, layer.own and has_decode(keys))
