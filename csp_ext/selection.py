@@ -22,6 +22,7 @@ def select_tokens(
     query_modality: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose the tokens that a layer keeps.
 
@@ -45,6 +46,8 @@ def select_tokens(
         Default ``D ** -0.5``.
     causal : bool
         Whether a query sees only keys at or before its position.
+    lse : Tensor [B, Hq, Q], optional
+        As in ``score``, for all of `query`: an attention that returns it has done half of the scoring.
 
     Returns
     -------
@@ -75,6 +78,7 @@ def select_tokens(
         query_modality=query_modality,
         scale=scale,
         causal=causal,
+        lse=None if lse is None else lse[:, :, lse.shape[2] - window :],
         **resolved.score_options(),
     )
     if resolved.config.undivided:

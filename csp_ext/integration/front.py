@@ -80,7 +80,7 @@ class Front:
         n = self.n if self.log_n is None else 0.0
         output, lse = decode(query, key, value, self.start, self.end, n=n, scale=scale)
         if self.log_n is not None:
-            output = output * torch.sigmoid(lse - self.log_n)[..., None].to(output.dtype)
+            output = (output * torch.sigmoid(lse - self.log_n)[..., None]).to(output.dtype)
         return output.transpose(1, 2).contiguous()
 
     def with_sink(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StoppingCriteriaL
 
 from csp_ext.config import CSPConfig
 from csp_ext.integration import attention as attentions
+from csp_ext.integration import flash
 from csp_ext.integration.cache import PrunedLayer, adopt_cache, pruned_layers
 from csp_ext.integration.generation import KeepRoom, StaticCaches, check_turn, leave_whole, note_turn
 from csp_ext.integration.growth import make_room
@@ -46,7 +47,8 @@ def apply(
         Another method instead: a name of ``csp_ext.methods.METHODS`` such as "snapkv", or an instance.
     attention : {"csp"}, optional
         How to attend to a pruned prompt: "csp" is the compiled ``decode``, for up to 8 new queries at a time
-        (prompts go through sdpa); default: the model's own implementation.
+        (prompts go through sdpa); default: the model's own implementation. With flash_attention_2, which
+        takes no mask, prompts go through flash-attn and all that follows as for "csp" in either case.
     **fields
         Any field of the config or the named method, e.g. ``budget=0.2``: a float in (0, 1] is a share of the
         batch's longest prompt, an int is a number of tokens.
@@ -141,8 +143,9 @@ class Handle:
 
     def _attend(self, attention: str | None) -> None:
         """Attend to pruned prompts with csp_ext's own kernel, or as the model did before."""
-        self._own = attention == attentions.OWN
-        self._set_attention(attention or attentions.IMPLEMENTATIONS[self._base])
+        on_flash = self._base == flash.BASE  # which takes no mask that would hide slots
+        self._own = on_flash or attention == attentions.OWN
+        self._set_attention((None if on_flash else attention) or attentions.IMPLEMENTATIONS[self._base])
 
     def _set_attention(self, name: str) -> None:
         self.model.set_attn_implementation({self._decoder_key: name} if self._decoder_key else name)
@@ -357,12 +360,16 @@ class Handle:
             )
             return
         real = real_tokens(bound.get("attention_mask"), length)
+        masked = True
         if prompt.modality is not None:
-            real = modality >= 0 if real is None else real & (modality >= 0)
+            known = modality >= 0
+            masked = bool((known if real is None else known | ~real).all())
+            real = known if real is None else real & known
         if prompt.recording is not None:
             prompt.recording.begin(layers, modality, real)
             return
         plan = Plan.make(modality, real, method, len(layers))
+        plan.masked = masked
         for layer in layers:
             layer.plan, layer.buffer = plan, plan.selection.observes if layer.queries is not None else 0
         self._stats = plan.stats

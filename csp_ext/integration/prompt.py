@@ -115,6 +115,8 @@ class Plan:
         All padding of the prompt stands at the left.
     plain : bool
         The padding stands at the left, and every row and head fills its slots and has dropped a token.
+    masked : bool
+        The model's attention hides all that is padding here; a modality given by hand may say more.
     """
 
     length: int
@@ -128,6 +130,7 @@ class Plan:
     whole: Tensor | None
     left_padded: bool
     plain: bool
+    masked: bool = True
 
     @classmethod
     def make(cls, modality: Tensor, real: Tensor | None, method: Method, layers: int) -> Plan:
@@ -187,7 +190,13 @@ class Plan:
         return torch.where(self.whole.to(indices.device)[:, None, None], real, indices)
 
     def carry_out(
-        self, index: int, layer: PrunedLayer, query: Tensor, scale: float | None, causal: bool
+        self,
+        index: int,
+        layer: PrunedLayer,
+        query: Tensor,
+        scale: float | None,
+        causal: bool,
+        lse: Tensor | None = None,
     ) -> None:
         """Replace the prompt of one layer by its kept tokens, and note what was kept.
 
@@ -201,6 +210,8 @@ class Plan:
             [B, Hq, O or more, D], the last queries of the prompt.
         scale, causal
             Of the model's attention.
+        lse : Tensor or None
+            [B, Hq, O or more], what the attention found for these queries.
         """
         keys, values = layer.keys[:, :, : self.length], layer.values[:, :, : self.length]
         before = after = keys.nbytes + values.nbytes
@@ -213,6 +224,7 @@ class Plan:
             count=self.layers,
             scale=scale,
             causal=causal,
+            lse=lse if self.masked else None,
         )
         indices = None
         decoding = Decoding(

@@ -27,6 +27,9 @@ class Layer:
         Of the attention logits; None: ``D ** -0.5``.
     causal : bool
         Whether a query sees only keys at or before its position.
+    lse : Tensor or None
+        [B, Hq, Q], the natural log-sum-exp of each query's logits over the keys that it sees, in the dtype of
+        the scores; None where the attention did not say.
     """
 
     query: Tensor
@@ -37,6 +40,7 @@ class Layer:
     count: int
     scale: float | None
     causal: bool
+    lse: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class _Selection(Selection):
             query_modality=window.to(layer.key.device),
             scale=layer.scale,
             causal=layer.causal,
+            lse=layer.lse,
         )
         return indices
 

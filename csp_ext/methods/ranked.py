@@ -102,6 +102,7 @@ class RankedSelection(Selection):
             n=0.0,
             scale=layer.scale,
             causal=layer.causal,
+            lse=None if layer.lse is None else layer.lse[:, :, layer.lse.shape[2] - shown :],
         )
         return own
 
