@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from csp_ext.integration import apply
+from csp_ext.integration.cache import pruned_layers
 
 IMAGE = 5
 VOCAB = 64
@@ -198,6 +199,22 @@ def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Any:
     return model.generate(**inputs, max_new_tokens=6, **options)
 
 
+def assert_growing_caches_agree(
+    model: Any, inputs: dict[str, Tensor], caches: list[dict[str, Any]], budget: int
+) -> None:
+    """Pruned again within the answer: every cache and attention the same."""
+    found = []
+    for attention in (None, "csp"):
+        for options in caches:
+            with apply(model, budget=budget, decode_interval=2, attention=attention) as handle:
+                output = generate(model, inputs, **options)
+            assert handle.stats.renewals == 2
+            assert all(layer.written() <= budget + 2 for layer in pruned_layers(output.past_key_values))
+            found.append(output.logits)
+    for logits in found[1:]:
+        torch.testing.assert_close(logits, found[0], rtol=0, atol=1e-6)
+
+
 def assert_pruned_like_the_oracle(model: Any, inputs: dict[str, Tensor], oracle: Oracle, budget: int) -> Any:
     whole = generate(model, inputs)
     with apply(model, budget=budget) as handle:
@@ -212,6 +229,7 @@ def assert_pruned_like_the_oracle(model: Any, inputs: dict[str, Tensor], oracle:
         for options in caches:
             same = generate(model, inputs, **options)
             torch.testing.assert_close(same.logits, pruned.logits, rtol=0, atol=1e-6)
+    assert_growing_caches_agree(model, inputs, caches, budget)
     real = inputs["attention_mask"].bool()
     oracle.hidden = {}
     for layer in handle.stats.layers:
