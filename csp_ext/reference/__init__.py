@@ -1,9 +1,8 @@
 """Pure-torch float64 twins of the ops: the specification in executable form.
 
 Every function has the name and the arguments of its op in :mod:`csp_ext.ops`. Arithmetic is float64 whatever
-the input dtype and floating results are returned in float64; ``compact`` and ``prune`` and their forms in place copy in the
-input's dtype, indices and lengths are int32, masks are bool. The twins aim at being obviously right, not at
-being fast.
+the input dtype and floating results are returned in float64; caches are copied in the input's dtype, in place
+too, indices and lengths are int32, masks are bool. The twins aim at being obviously right, not at being fast.
 """
 
 from __future__ import annotations
