@@ -136,8 +136,11 @@ def test_prune_is_the_sum_of_its_parts_but_shares_their_scratch(heads, place):
         assert prune[what] == score[what] + select[what] + compact[what]
     lists = 2 * math.ceil(2 * score_heads * 900 * 4 / 64) * 64
     assert prune["workspace_bytes"] == lists + max(score["workspace_bytes"], select["workspace_bytes"])
-    op, value = getattr(csp_ext, f"prune{place}"), key.clone()
-    sizes_taken = allocations(lambda: op(query, key, value, modality, budget=100, heads=heads, pool="avg"))
+    op, window = getattr(csp_ext, f"prune{place}"), modality[:, :32].clone()
+    inputs = {"query": query, "key": key, "value": key.clone(), "modality": modality}
+    sizes_taken = allocations(
+        lambda: op(**inputs, query_modality=window, budget=100, heads=heads, pool="avg")
+    )
     new_caches = [] if place else 2 * [2 * 4 * 100 * 16 * 4]
     indices, lengths = 2 * score_heads * 100 * 4, 2 * score_heads * 4
     assert sorted(sizes_taken) == sorted([*new_caches, indices, lengths, prune["workspace_bytes"]])

@@ -181,7 +181,7 @@ def prefill(query: Tensor, key: Tensor, value: Tensor, modality: Tensor, budget:
 def test_compiles_once_without_a_graph_break(device, backend):
     torch._dynamo.reset()
     compiled = torch.compile(prefill, fullgraph=True, backend=backend, dynamic=True)
-    for seed, (keys, budget) in enumerate(((40, 12), (50, 13), (333, 200))):
+    for seed, (keys, budget) in enumerate(((40, 12), (333, 200))):
         inputs = problem(keys=keys, device=device, seed=seed)
         other = copied(inputs)
         with torch._dynamo.config.patch(error_on_recompile=seed > 0):
