@@ -1,4 +1,4 @@
-"""prune against the same chain in eager torch, and against kvpress's SnapKV step where that is installed.
+"""prune against the same chain in eager torch and kvpress's SnapKV step, if installed; prune_ against prune.
 
 Eager torch is matmul, masked n-softmax, two sums, ranks, gather and cat. SnapKV ranks by one score per key.
 """
@@ -80,6 +80,14 @@ def measure(bench: Bench, problem: Problem) -> None:
             "compact": lambda: csp_ext.compact(key, value, indices),
         },
         targets=targets(problem),
+    )
+    # every round prunes what the last one left behind: as many keys to as many slots
+    bench.row(
+        f"{problem.case} O={window}, in place",
+        lambda: csp_ext.prune_(query, key, value, modality, budget=budget),
+        {"prune": lambda: csp_ext.prune(query, key, value, modality, budget=budget)},
+        bench.plan("prune_", **problem.shape(), budget=budget),
+        memory=True,
     )
 
 

@@ -1,119 +1,23 @@
 #include "csp/prune.h"
 
-#include "support.h"
+#include "prune_problem.h"
 
 namespace csp::test {
 namespace {
 
 class Prune : public PerIsaAndDType {};
 
-// One problem, its inputs, and the outputs of both ways to solve it.
-struct Problem {
-  static constexpr int64_t kBatch = 2, kHeads = 4, kWindow = 9, kKeys = 150, kDim = 16, kBudget = 40;
-  DType dtype;
-  int64_t score_heads;
-  Buffer query, key, value;
-  std::vector<int8_t> modality, window;
-  std::vector<int32_t> indices, lengths;
-  Buffer key_out, value_out;
-  PruneParams params;
-
-  Problem(DType type, Heads heads)
-      : dtype(type),
-        score_heads(heads == Heads::kShared ? 1 : 2),
-        query(Buffer::random(type, kBatch * kHeads * kWindow * kDim, 1)),
-        key(Buffer::random(type, kBatch * 2 * kKeys * kDim, 2)),
-        value(Buffer::random(type, kBatch * 2 * kKeys * kDim, 3)),
-        modality(kBatch * kKeys),
-        window(kBatch * kWindow),
-        indices(kBatch * score_heads * kBudget),
-        lengths(kBatch * score_heads),
-        key_out(type, kBatch * 2 * kBudget * kDim),
-        value_out(type, kBatch * 2 * kBudget * kDim) {
-    for (size_t i = 0; i < modality.size(); ++i) modality[i] = static_cast<int8_t>(i % 7 < 4) - (i % 11 == 0);
-    for (size_t i = 0; i < window.size(); ++i) window[i] = static_cast<int8_t>(i % 2);
-    fill_score(heads);
-    fill_select();
-    fill_compact();
-  }
-
-  Problem(const Problem&) = delete;
-
- private:
-  void fill_score(Heads heads) {
-    ScoreParams& p = params.score;
-    p.dtype = dtype;
-    p.query = query.data();
-    p.query_stride = {kHeads * kWindow * kDim, kWindow * kDim, kDim};
-    p.key = key.data();
-    p.key_stride = {2 * kKeys * kDim, kKeys * kDim, kDim};
-    p.modality = modality.data();
-    p.query_modality = window.data();
-    p.batch = kBatch;
-    p.num_heads = kHeads;
-    p.num_kv_heads = 2;
-    p.window = kWindow;
-    p.keys = kKeys;
-    p.head_dim = kDim;
-    p.scale = 0.25;
-    p.heads = heads;
-  }
-
-  void fill_select() {
-    SelectParams& p = params.select;
-    p.dtype = accumulate_dtype(dtype);
-    p.modality = modality.data();
-    p.query_modality = window.data();
-    p.indices = indices.data();
-    p.lengths = lengths.data();
-    p.batch = kBatch;
-    p.score_heads = score_heads;
-    p.keys = kKeys;
-    p.window = kWindow;
-    p.budget = kBudget;
-    p.recent = kWindow;
-    p.pool = Pool::kMax;
-  }
-
-  void fill_compact() {
-    CompactParams& p = params.compact;
-    p.element_bytes = dtype_bytes(dtype);
-    p.key = key.data();
-    p.value = value.data();
-    p.key_stride = p.value_stride = params.score.key_stride;
-    p.indices = indices.data();
-    p.key_out = key_out.data();
-    p.value_out = value_out.data();
-    p.batch = kBatch;
-    p.num_kv_heads = 2;
-    p.score_heads = score_heads;
-    p.keys = kKeys;
-    p.budget = kBudget;
-    p.head_dim = p.value_dim = kDim;
-  }
-};
-
-void run(Problem& problem, const Parallel& parallel = {}) {
+void run(PruneProblem& problem, const Parallel& parallel = {}) {
   const Workspace workspace(prune_cpu_workspace_bytes(problem.params, parallel.num_threads));
   prune_cpu(problem.params, workspace.get(), parallel);
 }
 
-void run_parts(Problem& problem) {
-  PruneParams p = problem.params;
-  const size_t scores = static_cast<size_t>(Problem::kBatch * problem.score_heads * Problem::kKeys);
-  Buffer self(p.select.dtype, scores), cross(p.select.dtype, scores);
-  p.score.self = self.data();
-  p.score.cross = cross.data();
-  p.select.self = self.data();
-  p.select.cross = cross.data();
-  const Workspace score_scratch(score_cpu_workspace_bytes(p.score, 1));
-  score_cpu(p.score, score_scratch.get());
-  const Workspace select_scratch(select_cpu_workspace_bytes(p.select, 1));
-  select_cpu(p.select, select_scratch.get());
-  compact_cpu(p.compact);
+void run_parts(PruneProblem& problem) {
+  choose_by_parts(problem);
+  compact_cpu(problem.params.compact);
 }
 
-void expect_equal(const Problem& a, const Problem& b) {
+void expect_equal(const PruneProblem& a, const PruneProblem& b) {
   EXPECT_EQ(a.indices, b.indices);
   EXPECT_EQ(a.lengths, b.lengths);
   EXPECT_EQ(a.key_out.bytes(), b.key_out.bytes());
@@ -122,17 +26,17 @@ void expect_equal(const Problem& a, const Problem& b) {
 
 TEST_P(Prune, IsItsPartsBitForBit) {
   for (const Heads heads : {Heads::kKv, Heads::kShared}) {
-    Problem whole(dtype(), heads), parts(dtype(), heads);
+    PruneProblem whole(dtype(), heads), parts(dtype(), heads);
     run(whole);
     run_parts(parts);
     expect_equal(whole, parts);
-    EXPECT_EQ(whole.lengths[0], Problem::kBudget);
+    EXPECT_EQ(whole.lengths[0], PruneProblem::kBudget);
   }
 }
 
 TEST_P(Prune, ThreadsDoNotChangeABit) {
   for (const Heads heads : {Heads::kKv, Heads::kShared}) {
-    Problem one(dtype(), heads), two(dtype(), heads);
+    PruneProblem one(dtype(), heads), two(dtype(), heads);
     run(one);
     run(two, threads(2));
     expect_equal(one, two);

@@ -30,6 +30,7 @@ Op = Literal[
     "compact",
     "compact_",
     "prune",
+    "prune_",
     "decode",
 ]
 

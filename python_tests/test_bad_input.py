@@ -40,6 +40,13 @@ GOOD = {
         "indices": torch.tensor([[[0, 3]]], dtype=torch.int32),
     },
     "prune": {"query": QUERY, "key": KEY, "value": KEY, "modality": MODALITY, "budget": 4},
+    "prune_": {
+        "query": QUERY,
+        "key": KEY.clone(),
+        "value": KEY.clone(),
+        "modality": MODALITY,
+        "budget": 4,
+    },
     "decode": {
         "query": QUERY,
         "key": KEY,
@@ -112,6 +119,7 @@ def test_dtypes(op, name, dtype):
         ("select", "recent"),
         ("prune", "k_self"),
         ("prune", "pool_kernel"),
+        ("prune_", "budget"),
         ("dual_top_k", "k_cross"),
     ],
 )
@@ -125,7 +133,7 @@ def test_integers(op, name):
 
 
 def test_a_scale_beyond_float32():
-    for op in ("score", "prune", "decode"):
+    for op in ("score", "prune", "prune_", "decode"):
         assert "scale must fit into float32, got 1e+300" in message(op, {"scale": 1e300}, ValueError)
 
 

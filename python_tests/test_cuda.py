@@ -70,6 +70,10 @@ def problem(
         "compact": ({"key": key, "value": value, "indices": rows}, {}),
         "compact_": ({"key": key, "value": value, "indices": in_order}, {}),
         "prune": ({**window_of, "value": value, "query_modality": observers}, options),
+        "prune_": (
+            {**window_of, "value": value, "query_modality": observers},
+            {**options, "budget": min(BUDGET, keys)},
+        ),
         "decode": (
             {
                 "query": normal(batch, kv_heads * group, 2, head_dim),
@@ -93,15 +97,20 @@ def ascending(batch: int, heads: int, keys: int, generator: torch.Generator) -> 
 
 
 def run(op: str, tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, ...]:
-    if op == "compact_":  # on copies, strides and all: the tensors are wanted as they were
-        caches = tensors["key"], tensors["value"]
-        key, value = (
-            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in caches
-        )
-        csp_ext.compact_(key.copy_(caches[0]), value.copy_(caches[1]), tensors["indices"])
-        return key, value
+    if op.endswith("_"):  # on copies, strides and all: the tensors are wanted as they were
+        caches = {}
+        for name in ("key", "value"):
+            t = tensors[name]
+            caches[name] = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+        return (*caches.values(), *(getattr(csp_ext, op)(**{**tensors, **caches}, **options) or ()))
     result = getattr(csp_ext, op)(**tensors, **options)
     return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def compacted(op: str, tensors: dict[str, Tensor], indices: Tensor) -> tuple[Tensor, ...]:
+    """Return the caches that prune, or prune_, leaves where it selects `indices`."""
+    caches = {"key": tensors["key"], "value": tensors["value"], "indices": indices}
+    return run(op.replace("prune", "compact"), caches, {})
 
 
 def assert_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
@@ -118,12 +127,12 @@ def assert_equals_cpu(op: str, got: tuple[Tensor, ...], tensors: dict[str, Tenso
     if op == "select":
         assert_select_close(*got, **tensors, **options)
         return
-    if op == "prune":
+    if op in ("prune", "prune_"):
         of_score = {name: tensors[name] for name in ("query", "key", "modality", "query_modality")}
         modalities = tensors["modality"], tensors["query_modality"]
         scores = csp_ext.score(**of_score)
         assert_select_close(*got[2:], *scores, *modalities, **options, score_rtol=1e-5)
-        assert_same(got[:2], csp_ext.compact(tensors["key"], tensors["value"], got[2]))
+        assert_same(got[:2], compacted(op, tensors, got[2]))
         return
     for g, w in zip(got, want, strict=True):
         assert g.dtype == w.dtype
@@ -180,6 +189,8 @@ EMPTY = [
 def test_empty_problems(device, op, sizes):
     if op == "decode" and sizes.get("head_dim") == 0:
         pytest.skip("decode refuses a head_dim of 0")
+    if op == "prune_" and sizes.get("keys") == 0:
+        pytest.skip("no budget fits in place into a cache without slots")
     tensors, options = problem(op, device, **sizes)
     assert_same(run(op, tensors, options), run(op, {n: t.cpu() for n, t in tensors.items()}, options))
 
@@ -190,25 +201,25 @@ MANY = 70000
 @pytest.mark.parametrize("sizes", [{"batch": MANY, "kv_heads": 1}, {"batch": 1, "kv_heads": MANY}], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_more_rows_than_a_grid_is_high(device, op, sizes):
-    if device == "cpu" and op in ("score", "prune", "decode"):
+    if device == "cpu" and op in ("score", "prune", "prune_", "decode"):
         sizes = {name: min(size, 700) for name, size in sizes.items()}
     tensors, options = problem(op, device, group=1, window=2, keys=12, head_dim=8, **sizes)
-    if op in ("select", "prune"):
+    if op in ("select", "prune", "prune_"):
         options = {"budget": 5, "recent": 1, "combine": "union"}
     got = run(op, tensors, options)
     if op == "select":
         assert_same(got, run(op, {name: tensor.cpu() for name, tensor in tensors.items()}, options))
-    elif op == "prune":
-        assert_same(got, chain(tensors, options))
+    elif op in ("prune", "prune_"):
+        assert_same(got, chain(op, tensors, options))
     else:
         assert_equals_cpu(op, got, tensors, options)
 
 
-def chain(tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, ...]:
+def chain(op: str, tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, ...]:
     of_score = {name: tensor for name, tensor in tensors.items() if name != "value"}
     modalities = tensors["modality"], tensors["query_modality"]
     indices, lengths = csp_ext.select(*csp_ext.score(**of_score), *modalities, **options)
-    return (*csp_ext.compact(tensors["key"], tensors["value"], indices), indices, lengths)
+    return (*compacted(op, tensors, indices), indices, lengths)
 
 
 def test_offsets_beyond_32_bits(device):
@@ -435,14 +446,15 @@ def test_scratch_is_not_handed_on_too_early():
 
 
 @needs_gpu
-def test_prune_leaves_nothing_but_its_results():
+@pytest.mark.parametrize("op", ["prune", "prune_"])
+def test_prune_leaves_nothing_but_its_results(op):
     sizes = {"batch": 2, "window": 40, "keys": 5000, "head_dim": 64}
-    tensors, options = problem("prune", "cuda", **sizes)
+    tensors, options = problem(op, "cuda", **sizes)
     plan = csp_ext.plan(
-        "prune", device="cuda", **csp_ext.cuda_device(), **sizes, **options, dtype="float16",
+        op, device="cuda", **csp_ext.cuda_device(), **sizes, **options, dtype="float16",
         num_heads=4, num_kv_heads=2,
     )  # fmt: skip
-    run("prune", tensors, options)
+    getattr(csp_ext, op)(**tensors, **options)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
 
@@ -450,7 +462,7 @@ def test_prune_leaves_nothing_but_its_results():
         return torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
 
     before = requested("current")
-    results = run("prune", tensors, options)
+    results = getattr(csp_ext, op)(**tensors, **options)
     kept = sum(tensor.nbytes for tensor in results)
     assert requested("current") - before == kept
     assert requested("peak") - before == kept + plan["workspace_bytes"]

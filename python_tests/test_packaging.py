@@ -24,6 +24,7 @@ OPS = [
     "compact",
     "compact_in_place",
     "prune",
+    "prune_in_place",
     "decode",
 ]
 

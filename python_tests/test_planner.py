@@ -119,7 +119,8 @@ def test_the_plan_is_what_happens(op, **sizes):
 
 
 @pytest.mark.parametrize("heads", ["kv", "shared"])
-def test_prune_is_the_sum_of_its_parts_but_shares_their_scratch(heads):
+@pytest.mark.parametrize("place", ["", "_"])
+def test_prune_is_the_sum_of_its_parts_but_shares_their_scratch(heads, place):
     key, query = torch.randn(2, 4, 900, 16), torch.randn(2, 8, 32, 16)
     modality, threads = torch.zeros(2, 900, dtype=torch.int8), torch.get_num_threads()
     sizes = {"batch": 2, "window": 32, "keys": 900, "num_threads": threads}
@@ -128,17 +129,21 @@ def test_prune_is_the_sum_of_its_parts_but_shares_their_scratch(heads):
     score = csp_ext.plan("score", **sizes, **score_shape)
     select = csp_ext.plan("select", **sizes, score_heads=score_heads, budget=100, pool="avg")
     compact = csp_ext.plan(
-        "compact", batch=2, num_kv_heads=4, score_heads=score_heads, keys=900, budget=100, head_dim=16
+        f"compact{place}", batch=2, num_kv_heads=4, score_heads=score_heads, keys=900, budget=100, head_dim=16
     )
-    prune = csp_ext.plan("prune", **sizes, **score_shape, budget=100, pool="avg")
+    prune = csp_ext.plan(f"prune{place}", **sizes, **score_shape, budget=100, pool="avg")
     for what in ("bytes_read", "bytes_written", "flops", "tasks"):
         assert prune[what] == score[what] + select[what] + compact[what]
     lists = 2 * math.ceil(2 * score_heads * 900 * 4 / 64) * 64
     assert prune["workspace_bytes"] == lists + max(score["workspace_bytes"], select["workspace_bytes"])
+    op, window = getattr(csp_ext, f"prune{place}"), modality[:, :32].clone()
+    inputs = {"query": query, "key": key, "value": key.clone(), "modality": modality}
     sizes_taken = allocations(
-        lambda: csp_ext.prune(query, key, key, modality, budget=100, heads=heads, pool="avg")
+        lambda: op(**inputs, query_modality=window, budget=100, heads=heads, pool="avg")
     )
-    assert prune["workspace_bytes"] in sizes_taken
+    new_caches = [] if place else 2 * [2 * 4 * 100 * 16 * 4]
+    indices, lengths = 2 * score_heads * 100 * 4, 2 * score_heads * 4
+    assert sorted(sizes_taken) == sorted([*new_caches, indices, lengths, prune["workspace_bytes"]])
 
 
 def test_flops_are_those_of_the_matrix_products():
@@ -179,16 +184,19 @@ def test_tasks_and_bytes_do_not_depend_on_threads():
     assert all(one[what] == many[what] for what in ("tasks", "bytes_read", "bytes_written", "flops"))
 
 
-@pytest.mark.parametrize("op", ["score", "prune", "decode"])
+@pytest.mark.parametrize("op", ["score", "prune", "prune_", "decode"])
 def test_empty_problems_need_nothing(op):
     shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "batch": 0}
     sizes = {"capacity": 9} if op == "decode" else {"window": 3, "keys": 9}
-    plan = csp_ext.plan(op, **shape, **sizes, **({"budget": 5} if op == "prune" else {}))
+    plan = csp_ext.plan(op, **shape, **sizes, **({"budget": 5} if op.startswith("prune") else {}))
     assert plan["bytes_read"] == plan["bytes_written"] == plan["flops"] == plan["tasks"] == 0
 
 
 # ---- CUDA: no GPU is needed ----
 
+PRUNE_SHAPE = {
+    "batch": 2, "num_heads": 4, "num_kv_heads": 2, "window": 20, "keys": 300, "head_dim": 64, "budget": 60,
+}  # fmt: skip
 CUDA_SHAPES = {
     "n_softmax": {"rows": 12, "cols": 300},
     "segmented_column_sum": {"batch": 2, "num_heads": 3, "window": 20, "keys": 300},
@@ -197,10 +205,8 @@ CUDA_SHAPES = {
     "select": {"batch": 2, "score_heads": 2, "keys": 300, "window": 20, "budget": 60},
     "compact": {"batch": 2, "num_kv_heads": 2, "keys": 300, "budget": 60, "head_dim": 64},
     "compact_": {"batch": 2, "num_kv_heads": 2, "keys": 300, "budget": 60, "head_dim": 64},
-    "prune": {
-        "batch": 2, "num_heads": 4, "num_kv_heads": 2, "window": 20, "keys": 300, "head_dim": 64,
-        "budget": 60,
-    },
+    "prune": PRUNE_SHAPE,
+    "prune_": PRUNE_SHAPE,
     "decode": {"batch": 2, "num_heads": 4, "num_kv_heads": 2, "capacity": 300, "head_dim": 64},
 }  # fmt: skip
 DEVICES = [
@@ -229,13 +235,13 @@ def test_both_devices_move_the_same_bytes(op):
     assert "tasks" not in cuda
 
 
-def test_prune_on_cuda_is_its_parts_in_one_workspace():
+@pytest.mark.parametrize("place", ["", "_"])
+def test_prune_on_cuda_is_its_parts_in_one_workspace(place):
     options = {"combine": "calibrated", "pool": "max", "recent": 8, "cross_ratio": 0.3}
-    shape = CUDA_SHAPES["prune"]
-    prune = csp_ext.plan("prune", device="cuda", **shape, **options)
+    prune = csp_ext.plan(f"prune{place}", device="cuda", **PRUNE_SHAPE, **options)
     score = csp_ext.plan("score", device="cuda", **CUDA_SHAPES["score"])
     select = csp_ext.plan("select", device="cuda", **CUDA_SHAPES["select"], **options)
-    compact = csp_ext.plan("compact", device="cuda", **CUDA_SHAPES["compact"])
+    compact = csp_ext.plan(f"compact{place}", device="cuda", **CUDA_SHAPES["compact"])
     for what in ("bytes_read", "bytes_written", "flops", "launches"):
         assert prune[what] == score[what] + select[what] + compact[what]
     lists = 2 * math.ceil(2 * 2 * 300 * 4 / 256) * 256
@@ -282,9 +288,14 @@ def test_the_properties_of_this_gpu():
             "n_softmax",
             {},
             ValueError,
-            "op must be score, select, compact, compact_, decode or prune on the CPU, got n_softmax",
+            "op must be score, select, compact, compact_, prune, prune_ or decode on the CPU, got n_softmax",
         ),
-        ("sort", {"device": "cuda"}, ValueError, "op must be n_softmax, .*, prune or decode, got sort"),
+        (
+            "sort",
+            {"device": "cuda"},
+            ValueError,
+            "op must be n_softmax, .*, prune, prune_ or decode, got sort",
+        ),
         ("compact", {"device": "cuda:0"}, ValueError, "device must be cpu or cuda, got cuda:0"),
         ("compact", {"capability": 90}, ValueError, "compact has no size or option capability"),
         ("compact", {"device": "cuda", "num_threads": 2}, ValueError, "has no size or option num_threads"),
@@ -321,6 +332,7 @@ def test_the_properties_of_this_gpu():
             "dtype must be one of float32, float16, bfloat16, float64, got int8",
         ),
         ("compact_", {"budget": 10}, ValueError, "budget must be at most keys = 9 in place, got 10"),
+        ("prune_", {"budget": 301}, ValueError, "budget must be at most keys = 300 in place, got 301"),
         ("compact", {"window": 3}, ValueError, "compact has no size or option window"),
         ("compact", {"budget": 2**31 - 1, "head_dim": 2**31 - 1}, ValueError, "multiply to more than"),
         ("score", {"num_heads": 5}, ValueError, "num_heads must be a multiple of num_kv_heads = 2, got 5"),
@@ -334,6 +346,7 @@ def test_bad_input(op, changes, error, match):
         "compact_": {"batch": 1, "num_kv_heads": 2, "keys": 9, "budget": 4, "head_dim": 8},
         "score": {"batch": 1, "num_heads": 4, "num_kv_heads": 2, "window": 3, "keys": 9, "head_dim": 8},
         "select": {"batch": 1, "score_heads": 2, "keys": 9, "window": 3, "budget": 4},
+        "prune_": PRUNE_SHAPE,
     }
     shape = {**shapes.get(op, {}), **changes}
     with pytest.raises(error, match=match):

@@ -215,49 +215,49 @@ def bad(match: str, **changes: object) -> object:
     return pytest.param({**problem(), "budget": 12, **changes}, match, id=match[:44])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        bad(r"csp::prune: query must be 4-D \[B, Hq, O, D\], got 3-D", query=torch.ones(4, 5, 8)),
-        bad("query must be float32.*got int32", query=torch.ones(2, 4, 5, 8, dtype=torch.int32)),
-        bad("query must hold at most L = 40 positions, got O = 41", query=torch.ones(2, 4, 41, 8)),
-        bad("query must have a multiple of key's 2 heads, got 3", query=torch.ones(2, 3, 5, 8)),
-        bad("key must be float32, got float16", key=torch.ones(2, 2, 40, 8, dtype=torch.float16)),
-        bad("key must have query's head_dim = 8", key=torch.ones(2, 2, 40, 9)),
-        bad("value must have key's length = 40", value=torch.ones(2, 2, 39, 6)),
-        bad("value must be float32, got bfloat16", value=torch.ones(2, 2, 40, 6, dtype=torch.bfloat16)),
-        bad("value must have unit stride", value=torch.ones(2, 2, 6, 40).transpose(2, 3)),
-        bad("modality must be int8, got int64", modality=torch.zeros(2, 40, dtype=torch.int64)),
-        bad(
-            r"modality must be \[B, L\] = \[2, 40\], got \[2, 39\]",
-            modality=torch.zeros(2, 39, dtype=torch.int8),
-        ),
-        bad(
-            r"query_modality must be \[B, O\] = \[2, 5\], got \[2, 4\]",
-            query_modality=torch.zeros(2, 4, dtype=torch.int8),
-        ),
-        bad("lse must be float32, got float64", lse=torch.zeros(2, 4, 5, dtype=torch.float64)),
-        bad("n must be finite and >= 0, got -1", n=-1.0),
-        bad("scale must be finite, got nan", scale=float("nan")),
-        bad('heads must be "kv" or "shared", got "query"', heads="query"),
-        bad("budget must be at least 1, got 0", budget=0),
-        bad("budget must be between 0 and 2147483647, got 2147483648", budget=2**31),
-        bad("recent must be between 0 and budget = 12, got 13", recent=13),
-        bad("recent must be between 0 and budget = 4, got 5", budget=4),
-        bad("cross_ratio must be between 0 and 1, got 1.5", cross_ratio=1.5),
-        bad("cross_ratio must be between 0 and 1, got nan", cross_ratio=float("nan")),
-        bad('combine must be .*got "sum"', combine="sum"),
-        bad("k_self and k_cross go together", k_self=3),
-        bad(
-            "k_self and k_cross must leave room for recent = 5 in budget = 12",
-            k_self=5,
-            k_cross=5,
-            combine="union",
-        ),
-        bad('pool must be .*got "mean"', pool="mean"),
-        bad("pool_kernel must be odd and at least 1, got 4", pool_kernel=4),
-    ],
-)
+BAD = [
+    bad(r"csp::prune: query must be 4-D \[B, Hq, O, D\], got 3-D", query=torch.ones(4, 5, 8)),
+    bad("query must be float32.*got int32", query=torch.ones(2, 4, 5, 8, dtype=torch.int32)),
+    bad("query must hold at most L = 40 positions, got O = 41", query=torch.ones(2, 4, 41, 8)),
+    bad("query must have a multiple of key's 2 heads, got 3", query=torch.ones(2, 3, 5, 8)),
+    bad("key must be float32, got float16", key=torch.ones(2, 2, 40, 8, dtype=torch.float16)),
+    bad("key must have query's head_dim = 8", key=torch.ones(2, 2, 40, 9)),
+    bad("value must have key's length = 40", value=torch.ones(2, 2, 39, 6)),
+    bad("value must be float32, got bfloat16", value=torch.ones(2, 2, 40, 6, dtype=torch.bfloat16)),
+    bad("value must have unit stride", value=torch.ones(2, 2, 6, 40).transpose(2, 3)),
+    bad("modality must be int8, got int64", modality=torch.zeros(2, 40, dtype=torch.int64)),
+    bad(
+        r"modality must be \[B, L\] = \[2, 40\], got \[2, 39\]",
+        modality=torch.zeros(2, 39, dtype=torch.int8),
+    ),
+    bad(
+        r"query_modality must be \[B, O\] = \[2, 5\], got \[2, 4\]",
+        query_modality=torch.zeros(2, 4, dtype=torch.int8),
+    ),
+    bad("lse must be float32, got float64", lse=torch.zeros(2, 4, 5, dtype=torch.float64)),
+    bad("n must be finite and >= 0, got -1", n=-1.0),
+    bad("scale must be finite, got nan", scale=float("nan")),
+    bad('heads must be "kv" or "shared", got "query"', heads="query"),
+    bad("budget must be at least 1, got 0", budget=0),
+    bad("budget must be between 0 and 2147483647, got 2147483648", budget=2**31),
+    bad("recent must be between 0 and budget = 12, got 13", recent=13),
+    bad("recent must be between 0 and budget = 4, got 5", budget=4),
+    bad("cross_ratio must be between 0 and 1, got 1.5", cross_ratio=1.5),
+    bad("cross_ratio must be between 0 and 1, got nan", cross_ratio=float("nan")),
+    bad('combine must be .*got "sum"', combine="sum"),
+    bad("k_self and k_cross go together", k_self=3),
+    bad(
+        "k_self and k_cross must leave room for recent = 5 in budget = 12",
+        k_self=5,
+        k_cross=5,
+        combine="union",
+    ),
+    bad('pool must be .*got "mean"', pool="mean"),
+    bad("pool_kernel must be odd and at least 1, got 4", pool_kernel=4),
+]
+
+
+@pytest.mark.parametrize(("arguments", "match"), BAD)
 def test_bad_input(device, arguments, match):
     arguments = {name: moved(value, device) for name, value in arguments.items()}
     with pytest.raises(ValueError, match=match):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from csp_ext.integration.ring import Ring
-from csp_ext.ops import decode
+from csp_ext.ops.decode import decode
 
 MAX_QUERIES = 8  # of one call of decode
 MAX_DIM = 512  # of a head, likewise

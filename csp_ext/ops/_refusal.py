@@ -18,6 +18,7 @@ OPS = (
     "compact",
     "compact_",
     "prune",
+    "prune_",
     "decode",
 )
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from csp_ext.ops._call import call, same_device
+from csp_ext.ops._in_place import register_in_place
 
 
 def compact_(key: Tensor, value: Tensor, indices: Tensor) -> None:
@@ -53,28 +54,4 @@ def _fake(key: Tensor, value: Tensor, indices: Tensor) -> None:
     same_device("compact_", key=key, value=value, indices=indices)
 
 
-def _refuse_gradients(
-    keyset: torch._C.DispatchKeySet, key: Tensor | None, value: Tensor | None, indices: Tensor | None
-) -> None:
-    # torch would take the rows for what they were and differentiate through them
-    for name, cache in (("key", key), ("value", value)):
-        if cache is not None and cache.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"csp::compact_: {name} must not require a gradient, got one that does: use csp_ext.compact"
-            )
-    below = keyset & torch._C._after_autograd_keyset
-    torch.ops.csp.compact_.default.redispatch(below, key, value, indices)
-
-
-def _mark_changed(
-    keyset: torch._C.DispatchKeySet, key: Tensor | None, value: Tensor | None, indices: Tensor | None
-) -> None:
-    # so that autograd notices where it saved one of the two for a backward pass
-    torch.autograd.graph.increment_version([cache for cache in (key, value) if cache is not None])
-    below = keyset & torch._C._after_ADInplaceOrView_keyset
-    torch.ops.csp.compact_.default.redispatch(below, key, value, indices)
-
-
-_LIBRARY = torch.library.Library("csp", "IMPL")
-_LIBRARY.impl("compact_", _refuse_gradients, "Autograd", with_keyset=True)
-_LIBRARY.impl("compact_", _mark_changed, "ADInplaceOrView", with_keyset=True)
+register_in_place("compact_", instead="csp_ext.compact")

@@ -97,8 +97,8 @@ def prune(
     )
 
 
-@torch.library.register_fake("csp::prune")
-def _fake(
+def fake_selection(
+    op: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -109,9 +109,10 @@ def _fake(
     heads: str = "kv",
     lse: Tensor | None = None,
     **_options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
+    """Return the empty indices and lengths of ``prune`` and ``prune_``."""
     same_device(
-        "prune",
+        op,
         query=query,
         key=key,
         modality=modality,
@@ -119,11 +120,21 @@ def _fake(
         lse=lse,
         value=value,
     )
+    score_heads = 1 if heads == "shared" else key.shape[1]
+    return (
+        key.new_empty((key.shape[0], score_heads, budget), dtype=torch.int32),
+        key.new_empty((key.shape[0], score_heads), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("csp::prune")
+def _fake(
+    query: Tensor, key: Tensor, value: Tensor, modality: Tensor, *, budget: int, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    selected = fake_selection("prune", query, key, value, modality, budget=budget, **options)
     batch, num_kv_heads = key.shape[0], key.shape[1]
-    score_heads = 1 if heads == "shared" else num_kv_heads
     return (
         key.new_empty((batch, num_kv_heads, budget, key.shape[3])),
         value.new_empty((batch, num_kv_heads, budget, value.shape[3])),
-        key.new_empty((batch, score_heads, budget), dtype=torch.int32),
-        key.new_empty((batch, score_heads), dtype=torch.int32),
+        *selected,
     )

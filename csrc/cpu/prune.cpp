@@ -1,5 +1,6 @@
 #include "csp/prune.h"
 
+#include "prune_choice.h"
 #include "tasks.h"
 
 namespace csp {
@@ -19,7 +20,7 @@ size_t prune_cpu_workspace_bytes(const PruneParams& params, int32_t num_threads)
   return 2 * list_bytes(params.select) + (score > select ? score : select);
 }
 
-void prune_cpu(const PruneParams& params, void* workspace, const Parallel& parallel) {
+void score_and_select_cpu(const PruneParams& params, void* workspace, const Parallel& parallel) {
   ScoreParams score = params.score;
   SelectParams select = params.select;
   char* const self = static_cast<char*>(workspace);
@@ -31,6 +32,10 @@ void prune_cpu(const PruneParams& params, void* workspace, const Parallel& paral
   select.cross = cross;
   score_cpu(score, scratch, parallel);
   select_cpu(select, scratch, parallel);
+}
+
+void prune_cpu(const PruneParams& params, void* workspace, const Parallel& parallel) {
+  score_and_select_cpu(params, workspace, parallel);
   compact_cpu(params.compact, parallel);
 }
 

@@ -5,7 +5,7 @@
 
 namespace csp {
 
-CudaStatus prune_cuda(const PruneParams& params, const CudaContext& context) {
+CudaStatus score_and_select_cuda(const PruneParams& params, const CudaContext& context) {
   if (params.score.dtype == DType::kFloat64) return kFloat64Refused;
   const PruneLayout layout = prune_layout(params, context.device);
   const CudaStatus room = check_workspace(context, layout.bytes());
@@ -24,9 +24,12 @@ CudaStatus prune_cuda(const PruneParams& params, const CudaContext& context) {
 
   const CudaStatus scored = score_cuda(score, part);
   if (!scored.ok()) return scored;
-  const CudaStatus selected = select_cuda(select, part);
-  if (!selected.ok()) return selected;
-  return compact_cuda(params.compact, part);
+  return select_cuda(select, part);
+}
+
+CudaStatus prune_cuda(const PruneParams& params, const CudaContext& context) {
+  const CudaStatus chosen = score_and_select_cuda(params, context);
+  return chosen.ok() ? compact_cuda(params.compact, context) : chosen;
 }
 
 }  // namespace csp

@@ -40,6 +40,7 @@ PYBIND11_MODULE(_host, m) {
         "     score_heads=num_kv_heads)\n"
         "plan(\"compact_\", the sizes of compact)\n"
         "plan(\"prune\", the sizes and options of score and select, and value_dim=head_dim)\n"
+        "plan(\"prune_\", the sizes and options of prune)\n"
         "plan(\"decode\", batch, num_heads, num_kv_heads, capacity, head_dim, queries=1)\n"
         "and with device=\"cuda\" also\n"
         "plan(\"n_softmax\", rows, cols)\n"

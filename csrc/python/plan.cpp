@@ -254,11 +254,16 @@ csp::CompactParams compact_of(Shape& shape) {
   return p;
 }
 
-csp::CompactParams compact_in_place_of(Shape& shape) {
-  const csp::CompactParams p = compact_of(shape);
-  if (p.budget <= p.keys) return p;
+void check_in_place(const csp::CompactParams& p) {
+  if (p.budget <= p.keys) return;
   throw py::value_error("plan: budget must be at most keys = " + std::to_string(p.keys) + " in place, got " +
                         std::to_string(p.budget));
+}
+
+csp::CompactParams compact_in_place_of(Shape& shape) {
+  const csp::CompactParams p = compact_of(shape);
+  check_in_place(p);
+  return p;
 }
 
 csp::PruneParams prune_of(Shape& shape) {
@@ -282,6 +287,12 @@ csp::PruneParams prune_of(Shape& shape) {
   shape.check_volume();
   p.compact.key_stride = p.score.key_stride;
   p.compact.value_stride = strides_of(p.score.num_kv_heads, p.score.keys, p.compact.value_dim);
+  return p;
+}
+
+csp::PruneParams prune_in_place_of(Shape& shape) {
+  const csp::PruneParams p = prune_of(shape);
+  check_in_place(p.compact);
   return p;
 }
 
@@ -325,8 +336,11 @@ csp::Plan plan_cpu(const std::string& op, Shape& shape) {
   if (op == "decode")
     return with(decode_of(shape), [&](auto& p) { return csp::plan_decode_cpu(p, threads); });
   if (op == "prune") return with(prune_of(shape), [&](auto& p) { return csp::plan_prune_cpu(p, threads); });
+  if (op == "prune_") {
+    return with(prune_in_place_of(shape), [&](auto& p) { return csp::plan_prune_in_place_cpu(p, threads); });
+  }
   throw py::value_error(
-      "plan: op must be score, select, compact, compact_, decode or prune on the CPU, got " + op);
+      "plan: op must be score, select, compact, compact_, prune, prune_ or decode on the CPU, got " + op);
 }
 
 csp::Plan plan_cuda(const std::string& op, Shape& shape) {
@@ -345,10 +359,11 @@ csp::Plan plan_cuda(const std::string& op, Shape& shape) {
   if (op == "compact") return with(compact_of(shape), csp::plan_compact_cuda);
   if (op == "compact_") return with(compact_in_place_of(shape), csp::plan_compact_in_place_cuda);
   if (op == "prune") return with(prune_of(shape), csp::plan_prune_cuda);
+  if (op == "prune_") return with(prune_in_place_of(shape), csp::plan_prune_in_place_cuda);
   if (op == "decode") return with(decode_of(shape), csp::plan_decode_cuda);
   throw py::value_error(
       "plan: op must be n_softmax, segmented_column_sum, score, dual_top_k, select, compact, "
-      "compact_, prune or decode, got " +
+      "compact_, prune, prune_ or decode, got " +
       op);
 }
 

@@ -4,7 +4,8 @@
 #include "checks.h"
 #include "csp/compact.h"
 
-// Shared by compact, compact_ and prune: the checks of the arguments, and one function that fills the params.
+// Shared by compact, compact_, prune and prune_: the checks of the arguments, and one function that fills the
+// params.
 
 namespace csp {
 

@@ -1,10 +1,6 @@
-#include "csp/prune.h"
+#include "prune.h"
 
 #include <tuple>
-
-#include "compact.h"
-#include "score.h"
-#include "select_options.h"
 
 namespace csp {
 namespace {
@@ -16,33 +12,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prune(
     double cross_ratio, std::string combine, std::optional<int64_t> k_self, std::optional<int64_t> k_cross,
     std::string pool, int64_t pool_kernel) {
   constexpr const char* op = "prune";
-  const ScoreInputs inputs =
-      fill_score_params(op, query, key, modality, query_modality, n, scale, heads, causal, lse);
-  check_compact(op, key, value);
-
-  PruneParams params;
-  params.score = inputs.params;
-  SelectParams& select = params.select;
-  select.dtype = accumulate_dtype(params.score.dtype);
-  select.batch = params.score.batch;
-  select.score_heads = inputs.score_heads();
-  select.keys = params.score.keys;
-  select.window = params.score.window;
-  select.modality = params.score.modality;
-  select.query_modality = params.score.query_modality;
-  fill_options(op, {budget, recent, cross_ratio, combine, k_self, k_cross, pool, pool_kernel, causal},
-               select.window, select);
-
-  Tensor indices = empty(op, key, {select.batch, select.score_heads, budget}, ScalarType::Int);
-  Tensor lengths = empty(op, key, {select.batch, select.score_heads}, ScalarType::Int);
+  PruneInputs inputs =
+      fill_prune_params(op, query, key, value, modality, query_modality, n, scale, heads, lse,
+                        {budget, recent, cross_ratio, combine, k_self, k_cross, pool, pool_kernel, causal});
+  inputs.allocate(op, key);
+  const Tensor& indices = inputs.indices;
   Tensor key_out = empty_compacted(op, key, budget);
   Tensor value_out = empty_compacted(op, value, budget);
-  select.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
-  select.lengths = static_cast<int32_t*>(lengths.mutable_data_ptr());
-  params.compact = fill_compact_params(key, value, indices, key_out, value_out);
-  launch(op, {{"query", query}, {"key", key}, {"indices", indices}}, params, CSP_LAUNCHER(prune),
+  inputs.params.compact = fill_compact_params(key, value, indices, key_out, value_out);
+  launch(op, {{"query", query}, {"key", key}, {"indices", indices}}, inputs.params, CSP_LAUNCHER(prune),
          CSP_WORKSPACE(prune));
-  return {key_out, value_out, indices, lengths};
+  return {key_out, value_out, indices, inputs.lengths};
 }
 
 }  // namespace

@@ -27,6 +27,12 @@ STABLE_TORCH_LIBRARY(csp, m) {
       " str combine=\"intersection\", SymInt? k_self=None, SymInt? k_cross=None, str pool=\"none\","
       " SymInt pool_kernel=7) -> (Tensor key, Tensor value, Tensor indices, Tensor lengths)");
   m.def(
+      "prune_(Tensor query, Tensor(a!) key, Tensor(b!) value, Tensor modality, *, SymInt budget,"
+      " SymInt? recent=None, Tensor? query_modality=None, float n=1.0, float? scale=None,"
+      " str heads=\"kv\", bool causal=True, Tensor? lse=None, float cross_ratio=0.5,"
+      " str combine=\"intersection\", SymInt? k_self=None, SymInt? k_cross=None, str pool=\"none\","
+      " SymInt pool_kernel=7) -> (Tensor indices, Tensor lengths)");
+  m.def(
       "decode(Tensor query, Tensor key, Tensor value, Tensor? start=None, Tensor? end=None, *,"
       " float n=1.0, float? scale=None) -> (Tensor out, Tensor lse)");
 }

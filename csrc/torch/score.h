@@ -7,7 +7,7 @@
 #include "checks.h"
 #include "csp/score.h"
 
-// Shared by score and prune: one function checks the arguments and fills the params.
+// Shared by score, prune and prune_: one function checks the arguments and fills the params.
 
 namespace csp {
 

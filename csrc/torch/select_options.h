@@ -8,7 +8,7 @@
 
 namespace csp {
 
-// The options that select and prune share, as their schemas pass them.
+// The options that select, prune and prune_ share, as their schemas pass them.
 struct SelectOptions {
   int64_t budget;
   std::optional<int64_t> recent;

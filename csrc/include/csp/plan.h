@@ -1,10 +1,9 @@
 #pragma once
 
-#include "csp/compact_in_place.h"
 #include "csp/decode.h"
 #include "csp/dual_top_k.h"
 #include "csp/n_softmax.h"
-#include "csp/prune.h"
+#include "csp/prune_in_place.h"
 #include "csp/segmented_column_sum.h"
 
 namespace csp {
@@ -69,6 +68,7 @@ Plan plan_decode_cpu(const DecodeParams& params, int32_t num_threads);
 
 // The parts added up: the scores are written by the first part and read by the second.
 Plan plan_prune_cpu(const PruneParams& params, int32_t num_threads);
+Plan plan_prune_in_place_cpu(const PruneParams& params, int32_t num_threads);
 
 // The same on a GPU; `device` need not be there.
 Plan plan_n_softmax_cuda(const NSoftmaxParams& params, const CudaDevice& device);
@@ -80,5 +80,6 @@ Plan plan_compact_cuda(const CompactParams& params, const CudaDevice& device);
 Plan plan_compact_in_place_cuda(const CompactParams& params, const CudaDevice& device);
 Plan plan_decode_cuda(const DecodeParams& params, const CudaDevice& device);
 Plan plan_prune_cuda(const PruneParams& params, const CudaDevice& device);
+Plan plan_prune_in_place_cuda(const PruneParams& params, const CudaDevice& device);
 
 }  // namespace csp
