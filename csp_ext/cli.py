@@ -136,12 +136,21 @@ def generate(
     cross_ratio: Annotated[
         float | None, typer.Option(help="Share of the cross scores, 0 to 1.", rich_help_panel="Method")
     ] = None,
+    decode_interval: Annotated[
+        int | None,
+        typer.Option(
+            help="Prune again whenever so many tokens have been added; default: once.",
+            min=1,
+            rich_help_panel="Method",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question about images with a local checkpoint, over the full and over pruned caches."""
     with one_line_errors():
         size = int(window) if window is not None and window.isdecimal() else window
-        fields = {"window": size, "heads": heads, "combine": combine, "cross_ratio": cross_ratio}
+        fields: dict[str, Any] = {"window": size, "heads": heads, "combine": combine}
+        fields |= {"cross_ratio": cross_ratio, "decode_interval": decode_interval}
         configs = _configs(budget, {name: value for name, value in fields.items() if value is not None})
         require("hf", "transformers", "PIL")
         from csp_ext.demo import checkpoint, photographs, picture, prompts

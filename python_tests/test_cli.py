@@ -242,21 +242,19 @@ def test_generate_takes_a_prompt_with_image_tokens_as_it_is(
     prompt = "USER: this <image> and this <image> differ how? ASSISTANT:"
     images = ["--image", files[0], "--image", files[1]]
     method = ["--window", 4, "--heads", "shared", "--combine", "union", "--cross-ratio", "0.25"]
+    method += ["--decode-interval", 2]
     result = csp(
         *("generate", "--model", checkpoint, "--prompt", prompt, *images, *method),
-        *("--picture", out, "--no-compare", "--max-new-tokens", 3, "--dtype", "bfloat16", "--json"),
+        *("--picture", out, "--no-compare", "--max-new-tokens", 6, "--dtype", "bfloat16", "--json"),
     )
     assert result.exit_code == 0, result.stderr
     facts = json.loads(result.stdout)
     assert [run["name"] for run in facts["runs"]] == ["20 %"]
     assert "equals_full" not in facts["runs"][0]
     config = facts["runs"][0]["config"]
-    assert [config[name] for name in ("window", "heads", "combine", "cross_ratio")] == [
-        4,
-        "shared",
-        "union",
-        0.25,
-    ]
+    given = {"window": 4, "heads": "shared", "combine": "union", "cross_ratio": 0.25, "decode_interval": 2}
+    assert {name: config[name] for name in given} == given
+    assert facts["runs"][0]["stats"]["renewals"] == 2
     assert facts["dtype"] == "bfloat16"
     with Image.open(out) as image:
         assert image.width > 500
