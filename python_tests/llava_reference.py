@@ -188,7 +188,7 @@ class RowReference:
         weights = weights.to(value.dtype)
         out = weights @ value.repeat_interleave(group, dim=0)
         if prune and self.config is not None:
-            chosen = kept_positions(query, key, self.modality, self.config, self.budget, scale)
+            chosen = kept_positions(self.queries[index], key, self.modality, self.config, self.budget, scale)
             self.kept[index] = chosen
             self.dropped[index] = ~chosen.all(-1)
         return attn.o_proj(out.transpose(0, 1).reshape(count, -1))

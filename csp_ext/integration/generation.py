@@ -215,6 +215,7 @@ def note_turn(layers: list[PrunedLayer], kinds: Tensor, mask: Any, seen: int) ->
         assert layer.growth is not None
         layer.growth.note(kinds if hidden is None else kinds.masked_fill(hidden, PADDING), after)
         if hidden is not None:
+            layer.growth.padded = True
             # The columns of a mask over all tokens do not fit what a prune leaves of them.
             layer.growth.decoding = replace(layer.growth.decoding, plain=False)
 

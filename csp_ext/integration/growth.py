@@ -33,6 +33,8 @@ class Growth:
         bool [B, Hs], which rows and heads have dropped a token.
     run : int
         How many of the last slots hold the last tokens without a gap.
+    padded : bool
+        Whether padding may stand among those, or among the tokens behind them.
     decoding : Decoding
         How new tokens attend.
     scale, causal
@@ -45,6 +47,7 @@ class Growth:
     kinds: Tensor
     dropped: Tensor
     run: int
+    padded: bool
     decoding: Decoding
     scale: float | None
     causal: bool
@@ -69,13 +72,15 @@ class Growth:
         """
         kinds = prompt.modality[:, None]
         dropped = torch.zeros_like(kinds[..., 0], dtype=torch.bool)
-        run = kinds.shape[-1]
+        run, padded = kinds.shape[-1], not left_padded
+        # Without a prune the padding stays where it is, among the keys and among the queries.
+        aligned = left_padded or indices is None
         if indices is not None:
             real = (kinds >= 0).sum(-1)
             kinds = _kinds_at(kinds, indices)
-            dropped, run = (kinds >= 0).sum(-1) < real, renewal.recent
-        growth = cls(renewal, kinds, dropped, run, decoding, prompt.scale, prompt.causal)
-        return growth, _ring_of(prompt, renewal.window, left_padded)
+            dropped, run, padded = (kinds >= 0).sum(-1) < real, renewal.recent, False
+        growth = cls(renewal, kinds, dropped, run, padded, decoding, prompt.scale, prompt.causal)
+        return growth, _ring_of(prompt, renewal.window, aligned)
 
     @property
     def limit(self) -> int:
@@ -89,7 +94,7 @@ class Growth:
 
     def crop(self, tokens: int) -> None:
         """Forget all but the first `tokens` stored ones."""
-        self.kinds = self.kinds[..., :tokens]
+        self.kinds, self.run = self.kinds[..., :tokens], min(self.run, tokens)
         if self.later is not None:
             self.later = self.later[:, : tokens - self.kinds.shape[-1]]
 
@@ -116,12 +121,15 @@ class Growth:
         rows, heads = key.shape[:2]
         after = key.shape[2] - self.kinds.shape[-1]
         kinds = self._with_later(after)
-        query, there = ring.last(min(ring.size, self.run + after))
+        watched = min(ring.size, self.run + after)
+        query, there = ring.last(watched)
+        real = kinds[:, 0, kinds.shape[-1] - watched :] >= 0  # the heads agree on the last tokens
         flat = kinds.shape[1] > 1
         if flat:
             # The heads hold different tokens: to the method each is a row of its own.
             query = query.unflatten(1, (heads, -1)).flatten(0, 1)
             key, value = (tensor.flatten(0, 1)[:, None] for tensor in (key, value))
+            there = there.repeat_interleave(heads, dim=0)
         view = Layer(
             query=query.to(key.dtype),
             key=key,
@@ -137,7 +145,9 @@ class Growth:
         kept = indices >= 0
         self.dropped = self.dropped | (kept.sum(-1) < (kinds >= 0).sum(-1))
         self.kinds = _kinds_at(kinds, indices)
-        self.run, self.later = self.renewal.recent, None
+        if self.padded:
+            ring.close_gaps(real)
+        self.run, self.padded, self.later = self.renewal.recent, False, None
         front = self.decoding.front(kept, self.dropped)
         front.ring = ring
         places = torch.where(kept, indices + skip, PADDING)
@@ -157,20 +167,23 @@ def _kinds_at(kinds: Tensor, indices: Tensor) -> Tensor:
     return chosen.masked_fill_(indices < 0, PADDING)
 
 
-def _ring_of(prompt: Layer, size: int, left_padded: bool) -> Ring:
-    """Begin a ring with the queries of each row's last tokens, as far as they are at hand."""
+def _ring_of(prompt: Layer, size: int, aligned: bool) -> Ring:
+    """Begin a ring with the queries of each row's last tokens, as far as they are at hand.
+
+    `aligned`: these are the last ones, or the padding among them counts.
+    """
     query = prompt.query
     hidden = prompt.key.shape[2] - query.shape[2]
     device = query.device
-    if left_padded:
+    if aligned:
         known = min(size, query.shape[2])
         queries = F.pad(query[:, :, query.shape[2] - known :], (0, 0, size - known, 0))
-        return Ring(queries.clone(), torch.full((), known, dtype=torch.int64, device=device))
+        return Ring(queries.clone(), torch.full((len(query), 1), known, device=device))
     positions = torch.arange(prompt.modality.shape[1], device=device)
     last = torch.where(prompt.modality >= 0, positions, PADDING).sort(-1).values
     last = F.pad(last, (max(0, size - last.shape[1]), 0), value=PADDING)[:, -size:]
     # A free slot observes nothing, so it does not matter what stands in its place.
-    there = ((last >= hidden) | (last < 0)).all(0).flip(0).cumprod(0).sum()
+    there = ((last >= hidden) | (last < 0)).flip(1).cumprod(1).sum(1, keepdim=True)
     places = (last - hidden).clamp_min(0)[:, None, :, None]
     return Ring(query.gather(2, places.expand(-1, query.shape[1], -1, query.shape[3])), there)
 

@@ -73,7 +73,7 @@ class Renewal(ABC):
         layer : Layer
             The stored tokens; its queries are the last ones, and belong to its last keys.
         there : Tensor
-            bool [O], which of the queries are at hand.
+            bool [B, O], which of the queries are at hand.
         """
 
 

@@ -90,7 +90,7 @@ class _Renewal(Renewal):
     def select(self, layer: Layer, there: Tensor) -> Tensor:
         # Tokens that a hop would ask have no query any more.
         sizes = replace(self.sizes, length=layer.modality.shape[1], hop=0)
-        window = window_modality(layer.modality, sizes, span=there.shape[0])
+        window = window_modality(layer.modality, sizes, span=there.shape[1])
         indices, _ = select_tokens(
             layer.query,
             layer.key,
