@@ -59,7 +59,8 @@ def add_second_hop(
     options |= {"k_self": None, "k_cross": None}
     means = [score.mean(1, keepdim=True) for score in first]
     chosen, _ = impl.select(*means, modality, query_modality, causal=causal, **options)
-    place = chosen[:, 0, : resolved.hop]  # without the recent ones, which stand last
+    # Without the recent ones, which stand last, and free slots that no prompt of this length can fill.
+    place = chosen[:, 0, max(0, resolved.hop - key.shape[2]) : resolved.hop]
     row = (place - (key.shape[2] - query.shape[2])).long()
     index = row.clamp_min(0)
     asked = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))

@@ -83,6 +83,8 @@ class PrunedLayer(DynamicLayer):
                 "this cache was pruned by csp_ext and has slots that a stock attention mask does not hide; "
                 "continue it with the model while csp_ext.apply(model) is active"
             )
+        if self.growth is not None and not self.attended:
+            self.growth = None  # these tokens' queries are not seen, so it can be pruned no more
         self.attended = False
 
     def get_seq_length(self) -> int:
@@ -109,8 +111,8 @@ class PrunedLayer(DynamicLayer):
 
     def keep_prompt(self, length: int, front: Front) -> None:
         """Note that the first `length` tokens, `front`, are a prompt that stays whole."""
-        if front.ring is not None:
-            self.front = Front(0, ring=front.ring)  # a later turn may yet complete a prompt to prune
+        # A later turn may yet complete a prompt to prune.
+        self.front = None if front.ring is None else Front(0, ring=front.ring)
 
     def grows(self, renewal: Renewal) -> bool:
         """Say whether the layer is to be pruned again while it grows."""

@@ -52,7 +52,7 @@ class StaticCaches:
         self._spare: deque[CSPStaticCache] = deque(maxlen=1)
 
     def prepare(
-        self, kwargs: dict[str, Any], ids: Any, length: int, interval: int | None
+        self, kwargs: dict[str, Any], count: int, length: int, interval: int | None
     ) -> CSPStaticCache | None:
         """Put a static cache that was asked for by name into `kwargs`, check the room of one that was given.
 
@@ -60,12 +60,12 @@ class StaticCaches:
         ----------
         kwargs : dict
             Of ``generate``; changed in place.
-        ids : Tensor or None
-            Its token ids.
+        count : int
+            How many tokens it may append.
         length : int
             Of the whole prompt, earlier turns included.
         interval : int or None
-            After how many tokens the cache is pruned again.
+            After how many tokens the method prunes a cache again.
 
         Returns
         -------
@@ -77,28 +77,25 @@ class StaticCaches:
         named = named and setting(self._model, kwargs, "use_cache") is not False
         if not (named or isinstance(given, CSPStaticCache)):
             return None
-        count = new_tokens(self._model, kwargs, ids.shape[1] if isinstance(ids, Tensor) else length)
         if setting(self._model, kwargs, "prefill_chunk_size") is not None:
             # transformers would compile the chunks, too; where a prompt ends is decided outside of a graph.
             kwargs["disable_compile"] = True
         drafts = kwargs.get("assistant_model") is not None or bool(
             setting(self._model, kwargs, "prompt_lookup_num_tokens")
         )
-        if interval is not None and drafts:
+        if given is not None and given.static:
+            grows = given.grows  # decided by its first prompt
+        else:
+            grows = interval is not None and (given is None or interval <= given.max_new_tokens)
+        if grows and drafts:
             raise ValueError(
                 "generate: with decode_interval a static cache has no room for drafted tokens; "
                 "use a dynamic cache"
             )
-        if given is not None and (interval is None or interval > given.max_new_tokens):
+        if given is not None and not grows:
             # The last token is not fed; a first prompt takes no room.
-            needed, free = count - 1, given.free()
-            if given.static:
-                needed += length - int(given.get_seq_length())
-            if needed > free:
-                raise ValueError(
-                    f"generate: the static cache has room for {free} more tokens, {needed} are needed; "
-                    "make it with a larger max_new_tokens"
-                )
+            turn = length - int(given.get_seq_length()) if given.static else 0
+            _check_room(given.free(), turn + count - 1)
         if given is not None:
             return given
         try:
@@ -118,6 +115,14 @@ class StaticCaches:
     def clear(self) -> None:
         """Forget the buffers."""
         self._spare.clear()
+
+
+def _check_room(free: int, needed: int) -> None:
+    if needed > free:
+        raise ValueError(
+            f"generate: the static cache has room for {free} more tokens, {needed} are needed; "
+            "make it with a larger max_new_tokens"
+        )
 
 
 class KeepRoom(StoppingCriteria):
@@ -145,8 +150,17 @@ class KeepRoom(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def leave_whole(layers: list[PrunedLayer], fresh: Tensor) -> None:
-    """Have the layers of a static cache keep all of a prompt that `fresh` completes and cannot be pruned."""
+def leave_whole(layers: list[PrunedLayer], fresh: Tensor, needed: int) -> None:
+    """Have the layers of a static cache keep all of a prompt that `fresh` completes and cannot be pruned.
+
+    Raises
+    ------
+    ValueError
+        Where `needed` tokens will follow that there is no room for: the cache does not grow, after all.
+    """
+    first = layers[0]
+    assert isinstance(first, StaticPrunedLayer)
+    _check_room(first.free(), needed)
     plan = Plan.untouched(fresh.shape[0], layers[0].seen + fresh.shape[1], fresh.device)
     for layer in layers:
         layer.plan = plan
@@ -183,6 +197,16 @@ def check_turn(layers: list[PrunedLayer], fresh: Tensor | None, mask: Any) -> No
             layer.front.clean = clean
 
 
+def refuse_old_mask(layer: PrunedLayer, mask: Any) -> None:
+    """Raise where a mask over the slots of a static cache was made before a prune that moved them."""
+    mask = _of_full_attention(mask)
+    if isinstance(layer, StaticPrunedLayer) and isinstance(mask, Tensor) and mask.ndim == 4:
+        raise ValueError(
+            "the static cache was full and has been pruned again, which moved its slots; make the 4-D "
+            "attention_mask anew, or call cache.make_room() before you make one"
+        )
+
+
 def note_turn(layers: list[PrunedLayer], kinds: Tensor, mask: Any, seen: int) -> None:
     """Have layers that are pruned again remember of what modality new tokens are; reads the device.
 
@@ -200,12 +224,12 @@ def note_turn(layers: list[PrunedLayer], kinds: Tensor, mask: Any, seen: int) ->
     first = layers[0]
     assert first.growth is not None
     written = first.written()
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention")
+    mask = _of_full_attention(mask)
     hidden = None
     if isinstance(mask, Tensor):
-        begin = seen if mask.ndim == 2 else written
         shown = mask if mask.ndim == 2 else mask[:, 0, -1]
+        last = shown.shape[1] - kinds.shape[1]  # where a cache without free slots holds them
+        begin = seen if mask.ndim == 2 else written if isinstance(first, StaticPrunedLayer) else last
         shown = shown[:, begin : begin + kinds.shape[1]]
         hidden = ~shown if shown.dtype == torch.bool else (shown == 0 if mask.ndim == 2 else shown != 0)
         if hidden.shape != kinds.shape or not bool(hidden.any()):
@@ -218,6 +242,11 @@ def note_turn(layers: list[PrunedLayer], kinds: Tensor, mask: Any, seen: int) ->
             layer.growth.padded = True
             # The columns of a mask over all tokens do not fit what a prune leaves of them.
             layer.growth.decoding = replace(layer.growth.decoding, plain=False)
+
+
+def _of_full_attention(mask: Any) -> Any:
+    """Return the mask of the layers that may be pruned, where there is one per type."""
+    return mask.get("full_attention") if isinstance(mask, dict) else mask
 
 
 def clean_turn(mask: Any, queries: int, first: int, after: int, columns: int) -> bool:
@@ -238,8 +267,7 @@ def clean_turn(mask: Any, queries: int, first: int, after: int, columns: int) ->
     columns : int
         Slots after the prompt: the last columns of a 4-D mask.
     """
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention")
+    mask = _of_full_attention(mask)
     if not isinstance(mask, Tensor):
         return True
     if mask.ndim == 2:

@@ -17,7 +17,15 @@ from csp_ext.config import CSPConfig
 from csp_ext.integration import attention as attentions
 from csp_ext.integration import flash
 from csp_ext.integration.cache import PrunedLayer, adopt_cache, pruned_layers
-from csp_ext.integration.generation import KeepRoom, StaticCaches, check_turn, leave_whole, note_turn
+from csp_ext.integration.generation import (
+    KeepRoom,
+    StaticCaches,
+    check_turn,
+    leave_whole,
+    new_tokens,
+    note_turn,
+    refuse_old_mask,
+)
 from csp_ext.integration.growth import make_room
 from csp_ext.integration.modality import modality_of_embeddings, modality_of_ids, real_tokens
 from csp_ext.integration.prompt import ANNOUNCED, Plan, Prompt
@@ -106,6 +114,12 @@ def _fresh(bound: dict[str, Any]) -> Any:
     """Return what a forward adds to its cache: ids [B, q] or embeddings [B, q, hidden]; None for neither."""
     ids = bound.get("input_ids")
     return bound.get("inputs_embeds") if ids is None else ids
+
+
+def _grows(cache: Any) -> bool:
+    """Say whether what a cache holds is pruned again, whatever is applied now."""
+    layers = pruned_layers(cache) if isinstance(cache, Cache) else []
+    return bool(layers) and layers[0].growth is not None
 
 
 class Handle:
@@ -231,13 +245,14 @@ class Handle:
             return own(*args, **kwargs)
         given = kwargs.get("past_key_values")
         method = self._method_of(given)
-        cache = self._static.prepare(kwargs, ids, lengths[0], method.decode_interval)
+        count = new_tokens(model, kwargs, ids.shape[1] if isinstance(ids, Tensor) else lengths[0])
+        cache = self._static.prepare(kwargs, count, lengths[0], method.decode_interval)
         if cache is not None and method.delay:
             raise ValueError("generate: a static cache is pruned right after the prompt; set delay=0")
         outer = self._announced()
         whole = isinstance(ids, Tensor) and ids.ndim == 2 and kwargs.get("inputs_embeds") is None
         known = outer.modality if outer else None
-        prompt = Prompt(self, lengths[0], 0, ids if whole else None, known, single=True)
+        prompt = Prompt(self, lengths[0], 0, ids if whole else None, known, single=True, to_come=count - 1)
         if getattr(kwargs.get("generation_config"), "is_assistant", False):
             self._warn("this model drafts for another, which takes tokens of the prompt back", stacklevel=3)
             prompt.length = 0
@@ -245,7 +260,7 @@ class Handle:
             prompt.put_off(method.delay)
         if given is not None and prompt.length:
             self._room_for_turn(given, lengths[0])
-        if method.decode_interval is not None:
+        if method.decode_interval is not None or _grows(given):
             asked = kwargs.get("stopping_criteria") or []
             kwargs["stopping_criteria"] = StoppingCriteriaList([*asked, KeepRoom(prompt, self._renewed)])
         token = ANNOUNCED.set(prompt)
@@ -261,10 +276,10 @@ class Handle:
 
     def _room_for_turn(self, cache: Any, length: int) -> None:
         """Prune a cache again that a new turn would overfill; its masks are made before the forward."""
-        layers = pruned_layers(cache) if isinstance(cache, Cache) else []
-        if not layers or layers[0].growth is None or not layers[0].slots:
+        if not _grows(cache):
             return
-        if make_room(layers, length - int(layers[0].get_seq_length())):
+        layers = pruned_layers(cache)
+        if layers[0].slots and make_room(layers, length - int(layers[0].get_seq_length())):
             self._renewed()
 
     def _renewed(self) -> None:
@@ -318,7 +333,7 @@ class Handle:
             if not stepping:
                 self._turn(layers, prompt, bound)
                 check_turn(layers, _fresh(bound), bound.get("attention_mask"))
-            prompt.reached = True
+                prompt.reached |= self._turn_ends(layers, prompt, bound)
             if prompt.recording is not None:
                 prompt.recording.keep(layers)
         else:
@@ -326,7 +341,7 @@ class Handle:
             if layers[0].plan is None and not stepping:
                 self._turn(layers, prompt, bound)
             if isinstance(cache, CSPStaticCache) and layers[0].plan is None and prompt.reached:
-                leave_whole(layers, _fresh(bound))
+                leave_whole(layers, _fresh(bound), prompt.to_come)
         if not made:
             return None
         bound["past_key_values"] = cache
@@ -374,6 +389,14 @@ class Handle:
             layer.plan, layer.buffer = plan, plan.selection.observes if layer.queries is not None else 0
         self._stats = plan.stats
 
+    @staticmethod
+    def _turn_ends(layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any]) -> bool:
+        """Say whether a forward brings the last tokens of a later turn, which may come in chunks."""
+        fresh = _fresh(bound)
+        if prompt.length is None or fresh is None:
+            return True
+        return int(layers[0].get_seq_length()) + fresh.shape[1] >= prompt.length - prompt.delay
+
     def _turn(self, layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any]) -> None:
         """Prepare layers that are pruned again for tokens that no step of ``generate`` brings."""
         fresh = _fresh(bound)
@@ -382,9 +405,10 @@ class Handle:
         # Where generate begins, it was done before the masks were made.
         if not prompt.single and make_room(layers, fresh.shape[1]):
             self._renewed()
+            refuse_old_mask(layers[0], bound.get("attention_mask"))
         ids, known, seen = bound.get("input_ids"), prompt.modality, int(layers[0].get_seq_length())
         if known is not None and known.shape[1] == seen + fresh.shape[1]:
-            kinds = known[:, seen:].to(torch.int8)
+            kinds = known[:, seen:].to(torch.int8).repeat_interleave(len(fresh) // len(known), dim=0)
         elif ids is not None:
             kinds = modality_of_ids(ids, self._placeholders)
         else:

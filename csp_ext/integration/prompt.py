@@ -42,6 +42,8 @@ class Prompt:
         [B, length - delay], given by the user; wins over `ids`.
     single : bool
         One prompt, of the first cache that comes (``generate``), rather than every prompt of a block.
+    to_come : int
+        Tokens that ``generate`` may feed after it.
     recording : Recording or None
         What takes the prompt down instead of pruning it.
     reached : bool
@@ -54,6 +56,7 @@ class Prompt:
     ids: Tensor | None = None
     modality: Tensor | None = None
     single: bool = False
+    to_come: int = 0
     recording: Recording | None = None
     reached: bool = False
     cache: weakref.ref[Any] | None = None
@@ -245,7 +248,7 @@ class Plan:
             key, value = self.selection.merge(seen, slots, key, value)
         else:
             front = self._whole(keys, decoding.own)
-        renewal = self.selection.renewal
+        layer.growth, renewal = None, self.selection.renewal
         if renewal is not None and layer.grows(renewal):
             layer.growth, front.ring = Growth.after(seen, indices, renewal, decoding, self.left_padded)
         if indices is not None:
