@@ -178,15 +178,16 @@ def check_turn(layers: list[PrunedLayer], fresh: Tensor | None, mask: Any) -> No
     mask : Tensor or dict or None
         Of the model's forward.
     """
-    if fresh is None:
+    first = layers[0]
+    if fresh is None or first.front is None:
         return
-    first, queries = layers[0], fresh.shape[1]
+    queries = fresh.shape[1]
     if isinstance(first, StaticPrunedLayer) and queries > first.free():
         raise ValueError(
             f"the static cache has room for {first.free()} more tokens, got {queries}; "
             "make it with a larger max_new_tokens"
         )
-    if not first.own or mask is None or first.front is None or not first.front.clean:
+    if not first.own or mask is None or not first.front.clean:
         return
     after = first.after()
     before = int(first.get_seq_length()) - after

@@ -329,19 +329,18 @@ class Handle:
             layer.attended, layer.plan, layer.buffer, layer.own = True, None, 0, self._own
         # A step of generate: its room was checked, and what it appends is text that all that follows sees.
         stepping = prompt.single and prompt.reached
-        if layers[0].slots or layers[0].settled:
-            if not stepping:
-                self._turn(layers, prompt, bound)
-                check_turn(layers, _fresh(bound), bound.get("attention_mask"))
-                prompt.reached |= self._turn_ends(layers, prompt, bound)
-            if prompt.recording is not None:
-                prompt.recording.keep(layers)
-        else:
+        complete = bool(layers[0].slots or layers[0].settled)
+        if not complete:
             self._prepare(layers, prompt, bound, self._method_of(cache))
-            if layers[0].plan is None and not stepping:
-                self._turn(layers, prompt, bound)
-            if isinstance(cache, CSPStaticCache) and layers[0].plan is None and prompt.reached:
-                leave_whole(layers, _fresh(bound), prompt.to_come)
+        elif prompt.recording is not None:
+            prompt.recording.keep(layers)
+        if layers[0].plan is None and not stepping:
+            self._turn(layers, prompt, bound)  # may prune a cache that was whole so far
+            check_turn(layers, _fresh(bound), bound.get("attention_mask"))
+        if complete:
+            prompt.reached = prompt.reached or self._turn_ends(layers, prompt, bound)
+        elif isinstance(cache, CSPStaticCache) and layers[0].plan is None and prompt.reached:
+            leave_whole(layers, _fresh(bound), prompt.to_come)
         if not made:
             return None
         bound["past_key_values"] = cache
