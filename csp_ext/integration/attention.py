@@ -103,9 +103,14 @@ def _behind(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend to a pruned prompt and what follows it: with our own kernel, or the stock one and a mask."""
+    """Attend to a pruned prompt and what follows it: with our own kernel, or the stock one and a mask.
+
+    A prompt that is whole until the cache has grown (no slots) is the stock kernel's as it stands.
+    """
     if front.ring is not None:
         front.ring.write(query)
+    if not front.slots:
+        return _stock(base, module)(module, query, key, value, attention_mask, **kwargs)
     scale, causal = _attends(module, kwargs)
     if own and front.takes(query, key, value) and (causal or query.shape[-2] == 1) and not _foreign(kwargs):
         return front.attend(query, key, value, scale), None

@@ -411,13 +411,14 @@ class Handle:
         elif ids is not None:
             kinds = modality_of_ids(ids, self._placeholders)
         else:
-            kinds = torch.zeros(fresh.shape[:2], dtype=torch.int8, device=fresh.device)
+            text = torch.zeros(fresh.shape[:2], dtype=torch.int8, device=fresh.device)
+            shown = self._embedded(bound)
+            kinds = text if shown is None else shown
         note_turn(layers, kinds, bound.get("attention_mask"), seen)
 
     def _modality(self, prompt: Prompt, bound: dict[str, Any], seen: int, length: int) -> Tensor | None:
         """Return the modality [B, length] of a prompt that is complete now, None where it cannot be seen."""
         ids: Any = bound.get("input_ids")
-        embeddings: Any = bound.get("inputs_embeds")
         fresh = _fresh(bound)
         modality = prompt.modality_for(fresh.shape[0], self._placeholders, fresh.device)
         if modality is None and ids is not None and seen == 0:
@@ -425,8 +426,14 @@ class Handle:
         if modality is None and bound.get("mm_token_type_ids") is not None:
             types = bound["mm_token_type_ids"]
             modality = types[:, :length].to(torch.int8) if types.shape[1] >= length else None
-        images = bound.get("pixel_values") is not None or bool(bound.get("mm_encoder_outputs"))
-        if modality is None and ids is None and seen == 0 and images:
-            table = self.model.get_input_embeddings()
-            modality = modality_of_embeddings(embeddings[:, :length], table, self._placeholders)
+        if modality is None and ids is None and seen == 0:
+            modality = self._embedded(bound)
+            modality = None if modality is None else modality[:, :length]
         return modality
+
+    def _embedded(self, bound: dict[str, Any]) -> Tensor | None:
+        """Return the modality of `inputs_embeds` that come with images, None where none come."""
+        if bound.get("pixel_values") is None and not bound.get("mm_encoder_outputs"):
+            return None
+        table = self.model.get_input_embeddings()
+        return modality_of_embeddings(bound["inputs_embeds"], table, self._placeholders)
