@@ -317,6 +317,13 @@ def test_the_hop_finds_what_only_the_evidence_points_at(impl):
         assert 10 in select_tokens(query, key, modality, config.replace(combine=rule))[0][0, 0].tolist()
 
 
+def test_a_hop_of_more_tokens_than_there_are(impl):
+    query, key, modality = random_prompt([[T, I, T]])
+    options = {"budget": 2, "window": 1, "recent": 1}
+    found, _ = select_tokens(query, key, modality, CSPConfig(**options, hop=9))
+    assert torch.equal(found, select_tokens(query, key, modality, CSPConfig(**options, hop=3))[0])
+
+
 def test_a_large_budget_keeps_every_row_whole(impl):
     query, key, modality = random_prompt([[P, P, T, I, I, T], [T, I, I, T, T, P]])
     for config, slots in (
