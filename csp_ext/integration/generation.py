@@ -183,9 +183,11 @@ def check_turn(layers: list[PrunedLayer], fresh: Tensor | None, mask: Any) -> No
         return
     queries = fresh.shape[1]
     if isinstance(first, StaticPrunedLayer) and queries > first.free():
+        instead = "make it with a larger max_new_tokens"
+        if first.growth is not None:
+            instead = "with decode_interval it is never larger; use a dynamic cache, or give fewer at a time"
         raise ValueError(
-            f"the static cache has room for {first.free()} more tokens, got {queries}; "
-            "make it with a larger max_new_tokens"
+            f"the static cache has room for {first.free()} more tokens, got {queries}; {instead}"
         )
     if not first.own or mask is None or not first.front.clean:
         return
