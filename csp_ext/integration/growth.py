@@ -89,8 +89,8 @@ class Growth:
 
     def note(self, kinds: Tensor, after: int) -> None:
         """Take down the modality of the next tokens, int8 [B, q]; `after` more came since the last prune."""
-        known = kinds.new_zeros(kinds.shape[0], 0) if self.later is None else self.later[:, :after]
-        self.later = torch.cat([F.pad(known, (0, after - known.shape[1])), kinds.to(known.device)], dim=1)
+        kinds = kinds.to(self.kinds.device)
+        self.later = torch.cat([self._known(after), kinds], dim=1)
 
     def crop(self, tokens: int) -> None:
         """Forget all but the first `tokens` stored ones."""
@@ -123,7 +123,6 @@ class Growth:
         kinds = self._with_later(after)
         watched = min(ring.size, self.run + after)
         query, there = ring.last(watched)
-        real = kinds[:, 0, kinds.shape[-1] - watched :] >= 0  # the heads agree on the last tokens
         flat = kinds.shape[1] > 1
         if flat:
             # The heads hold different tokens: to the method each is a row of its own.
@@ -145,8 +144,8 @@ class Growth:
         kept = indices >= 0
         self.dropped = self.dropped | (kept.sum(-1) < (kinds >= 0).sum(-1))
         self.kinds = _kinds_at(kinds, indices)
-        if self.padded:
-            ring.close_gaps(real)
+        if self.padded:  # the heads agree on the last tokens
+            ring.close_gaps(kinds[:, 0, kinds.shape[-1] - watched :] >= 0)
         self.run, self.padded, self.later = self.renewal.recent, False, None
         front = self.decoding.front(kept, self.dropped)
         front.ring = ring
@@ -155,10 +154,13 @@ class Growth:
 
     def _with_later(self, after: int) -> Tensor:
         """Return the modality of every stored token, int8 [B, Hs, S + after]."""
-        rows, heads = self.kinds.shape[:2]
-        later = self.kinds.new_zeros(rows, 0) if self.later is None else self.later[:, :after]
-        later = F.pad(later, (0, after - later.shape[1]))
-        return torch.cat([self.kinds, later[:, None].expand(-1, heads, -1)], dim=-1)
+        later = self._known(after)[:, None].expand(-1, self.kinds.shape[1], -1)
+        return torch.cat([self.kinds, later], dim=-1)
+
+    def _known(self, after: int) -> Tensor:
+        """Return the modality of the first tokens behind the last prune, int8 [B, after]."""
+        later = self.kinds.new_zeros(self.kinds.shape[0], 0) if self.later is None else self.later[:, :after]
+        return F.pad(later, (0, after - later.shape[1]))
 
 
 def _kinds_at(kinds: Tensor, indices: Tensor) -> Tensor:
