@@ -1,7 +1,7 @@
 """Decode steps of a model over a pruned cache, against the untouched model over a cache of the same length.
 
-Both read as many keys and weights, so what differs is the work around them: in Python and in masks. Nothing is
-compiled. A call is ten steps, as `generate` takes them, and the cache is cropped after it.
+Both read as many keys and weights, so what differs is the work around them: in Python and in masks. Nothing
+is compiled. A call is ten steps, as `generate` takes them, and the cache is cropped after it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def measure(bench: Bench, decoder: Decoder, rows: int) -> None:
     plan = {
         "bytes_read": STEPS * (cache_bytes + sum(p.nbytes for p in weights)),
         "bytes_written": 0,
-        "flops": 2 * STEPS * (rows * sum(p.numel() for p in weights) + 2 * decoder.layers * stored.numel() * 2),
+        "flops": 2
+        * STEPS
+        * (rows * sum(p.numel() for p in weights) + 2 * decoder.layers * stored.numel() * 2),
         "workspace_bytes": 0,
         "launches": 0,
     }
