@@ -1,4 +1,4 @@
-"""Decode steps of a model over a pruned cache, against the untouched model over a cache of the same length.
+"""Decode steps over a pruned cache, against the untouched model over a cache of the same kind and length.
 
 Both read as many keys and weights, so what differs is the work around them: in Python and in masks. Nothing
 is compiled. A call is ten steps, as `generate` takes them, and the cache is cropped after it.
@@ -6,7 +6,6 @@ is compiled. A call is ten steps, as `generate` takes them, and the cache is cro
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from harness import Bench, Target, arguments
 from torch import Tensor
+from transformers import DynamicCache, StaticCache
 
 import csp_ext
 from csp_ext.integration.prompt import ANNOUNCED, Prompt
@@ -81,7 +81,11 @@ def steps(model: Any, cache: Any, mask: Tensor, handle: Any = None) -> Callable[
                 logits_to_keep=1,
             )
         ANNOUNCED.reset(announced)
-        cache.crop(-STEPS)
+        if isinstance(cache, StaticCache):  # which has no crop
+            for layer in cache.layers:
+                layer.cumulative_length.sub_(STEPS)
+        else:
+            cache.crop(-STEPS)
 
     return side
 
@@ -95,44 +99,44 @@ def prompt_of(decoder: Decoder, rows: int, length: int, device: str) -> tuple[Te
     return ids, mask
 
 
+AT_MOST = Target("csp / untouched", lambda m: 1 / m.share("untouched"), 1.05, least=False, peer="untouched")
+
+
 def measure(bench: Bench, decoder: Decoder, rows: int) -> None:
-    """Measure the growing and the fixed cache, with stock attention and our own."""
+    """Measure a growing and a fixed cache, with the model's attention and our own."""
     model = decoder.build(bench.device)
     ids, mask = prompt_of(decoder, rows, decoder.kept, bench.device)
-    whole = model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
-    stored = whole.layers[0].keys
-    cache_bytes = 2 * decoder.layers * stored.nbytes
+    peers, caches = {}, []
+    for fixed in (False, True):
+        cache = StaticCache(model.config, max_cache_len=decoder.kept + STEPS) if fixed else DynamicCache()
+        model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        peers[fixed] = {"untouched": steps(model, cache, mask)}
+        caches.append(cache)
     weights = [p for p in model.model.language_model.parameters() if p.ndim == 2]
+    stored = 2 * decoder.layers * caches[0].layers[0].keys.numel()
     plan = {
-        "bytes_read": STEPS * (cache_bytes + sum(p.nbytes for p in weights)),
+        "bytes_read": STEPS * (sum(p.nbytes for p in weights) + stored * weights[0].itemsize),
         "bytes_written": 0,
-        "flops": 2
-        * STEPS
-        * (rows * sum(p.numel() for p in weights) + 2 * decoder.layers * stored.numel() * 2),
+        "flops": 2 * STEPS * (rows * sum(p.numel() for p in weights) + stored * 2),
         "workspace_bytes": 0,
         "launches": 0,
     }
+    ids, mask = prompt_of(decoder, rows, 4 * decoder.kept, bench.device)
     for attention in (None, "csp"):
         for fixed in (False, True):
             ours = twin(model)
             handle = csp_ext.apply(ours, budget=decoder.kept, attention=attention)
             cache = csp_ext.CSPStaticCache(ours.config, max_new_tokens=STEPS) if fixed else None
-            ids, mask = prompt_of(decoder, rows, 4 * decoder.kept, bench.device)
             cache = ours(input_ids=ids, attention_mask=mask, past_key_values=cache).past_key_values
-            assert cache.layers[0].slots == stored.shape[2]
+            assert cache.layers[0].slots == decoder.kept
             bench.row(
-                f"{decoder.layers} x {decoder.hidden} B={rows}{' padded' * (rows > 1)}, "
+                f"{decoder.layers} x {decoder.hidden} B={rows}{', padded' * (rows > 1)}, "
                 f"{'fixed' if fixed else 'growing'}, {attention or 'sdpa'}",
                 steps(ours, cache, mask, handle),
-                {"untouched": steps(model, whole, prompt_of(decoder, rows, decoder.kept, bench.device)[1])},
+                peers[fixed],
                 plan,
                 targets=[AT_MOST] if decoder.layers > 2 else [],
             )
-            with contextlib.suppress(ValueError):
-                handle.restore()
-
-
-AT_MOST = Target("csp / untouched", lambda m: 1 / m.share("untouched"), 1.05, least=False, peer="untouched")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -104,8 +104,10 @@ class Front:
             free = recent - after.shape[-1]
             after = torch.nn.functional.pad(after, (0, free), value=torch.finfo(after.dtype).min)
         front = self._bias(query)
-        shape = (query.shape[0], max(front.shape[1], after.shape[1]), length, -1)
-        return torch.cat([front.expand(shape), after.expand(shape).to(front.dtype)], dim=-1)
+        shape = (query.shape[0], max(front.shape[1], after.shape[1]), length)
+        parts = (front, after.to(front.dtype))
+        # Concatenating expanded tensors is slow.
+        return torch.cat([p if p.shape[:3] == shape else p.expand(*shape, -1) for p in parts], dim=-1)
 
     def _causal(self, length: int, recent: int, query: Tensor) -> Tensor:
         if self.end is None:

@@ -229,7 +229,8 @@ class Plan:
 
     def _front(self, indices: Tensor, query: Tensor, key: Tensor, own: bool) -> tuple[Tensor, Front]:
         """Return what stands in each slot, int32 [B, Hs, slots], and how it is seen; `own`: by ``decode``."""
-        kept, n = indices >= 0, self.decode_n
+        # Where lengths follow from the row alone, one mask shows what all heads see.
+        kept, n = (indices[:, :1] if self.selection.exact else indices) >= 0, self.decode_n
         lengths = kept.sum(-1)
         real = (self.modality.to(indices.device) >= 0).sum(-1)[:, None]
         if own:
