@@ -1,7 +1,7 @@
 """Decode steps over a pruned cache, against the untouched model over a cache of the same kind and length.
 
 Both read as many keys and weights, so what differs is the work around them: in Python and in masks. Nothing
-is compiled. A call is ten steps, as `generate` takes them, and the cache is cropped after it.
+is compiled. A call is four steps, as `generate` takes them, and the cache is cropped after it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import csp_ext
 from csp_ext.integration.prompt import ANNOUNCED, Prompt
 from csp_ext.tiny_llava import build_tiny_llava
 
-STEPS = 10  # of one call
+STEPS = 4  # of one call
 TEXT = 100  # any id that is no placeholder
 
 
