@@ -81,13 +81,20 @@ def steps(model: Any, cache: Any, mask: Tensor, handle: Any = None) -> Callable[
                 logits_to_keep=1,
             )
         ANNOUNCED.reset(announced)
-        if isinstance(cache, StaticCache):  # which has no crop
-            for layer in cache.layers:
-                layer.cumulative_length.sub_(STEPS)
-        else:
-            cache.crop(-STEPS)
+        take_back(cache)
 
     return side
+
+
+def take_back(cache: Any) -> None:
+    """Forget the steps at the least cost: the stock fixed cache has no crop, ours looks at its length."""
+    for layer in cache.layers:
+        if isinstance(cache, StaticCache):
+            layer.cumulative_length.sub_(STEPS)
+        elif isinstance(cache, csp_ext.CSPStaticCache):
+            layer.end.sub_(STEPS)
+        else:
+            layer.crop(-STEPS)
 
 
 def prompt_of(decoder: Decoder, rows: int, length: int, device: str) -> tuple[Tensor, Tensor]:
