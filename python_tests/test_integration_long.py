@@ -140,6 +140,17 @@ def test_one_graph_for_two_long_generations(model: Any, attention: str | None, d
         assert_compiled_equals_eager(model, "eager")
 
 
+def test_another_room_compiles_once_more(gqa: Any) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    with apply(gqa, config(), attention="csp"):
+        for steps in (8, 6, 7, 12):
+            eager = generate_batch(gqa, ROWS, steps, **STATIC)
+            output = generate_batch(gqa, ROWS, steps, **compiled("eager"))
+            assert_logits_close(logits(output), logits(eager), torch.float64)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a compiler")
 def test_inductor() -> None:
     model = small_llava(num_layers=1, **MODELS["mha in float32"])
