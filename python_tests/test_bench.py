@@ -40,7 +40,7 @@ def test_every_benchmark_runs(bench, capsys, op):
         assert row["of bound"] > 0
     said = bench("harness").verdicts(result["rows"])
     assert all(": met, " in line or ": MISSED, " in line or ": not measured" in line for line in said)
-    assert bool(said) == (op in ("score", "select", "compact", "prune", "decode"))
+    assert bool(said) == (op in ("score", "select", "compact", "prune", "decode", "overhead"))
     assert bench("run_all").markdown(result).count("\n| ") == len(result["rows"]) + 1
 
 

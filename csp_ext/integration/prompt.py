@@ -231,6 +231,7 @@ class Plan:
             n=self.decode_n,
             own=layer.own and has_decode(keys),
             plain=self.plain,
+            alike=self.selection.exact,
             heads=(query.shape[1], keys.shape[1]),
             dtype=query.dtype,
         )
