@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -17,6 +18,7 @@ from csp_ext.integration.front import Front
 
 # A name here must contain neither "flash" nor a slash: transformers takes those for kernels of its own.
 IMPLEMENTATIONS = {"eager": "csp_eager", "sdpa": "csp_sdpa"}
+PRUNE_RANGE = "csp::prune_layer"  # what a profile calls scoring, selecting and compacting a layer
 OWN = "csp"  # sdpa for prompts, csp_ext's decode behind a pruned one
 _MASKS: dict[str, Callable[..., Any]] = {"csp_eager": eager_mask, "csp_sdpa": sdpa_mask, OWN: sdpa_mask}
 # What a model may ask of its attention that decode does not do.
@@ -134,7 +136,8 @@ def _complete(
         layer.remember(prompt, scale, causal)
         layer.buffer = 0
     window = prompt if layer.queries is None else layer.queries
-    plan.carry_out(module.layer_idx, layer, window, scale, causal)
+    with record_function(PRUNE_RANGE):
+        plan.carry_out(module.layer_idx, layer, window, scale, causal)
     if not drafts:
         return output
     assert layer.front is not None

@@ -1,0 +1,52 @@
+"""The most memory that was held at once, above what was held before."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import torch
+
+from csp_ext.evaluation.memory import give_back
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # what Linux takes to forget the high-water mark of the resident set
+
+
+def settle(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        give_back()
+
+
+class Peak:
+    """Watches from its creation: the allocator on a GPU, the resident set of this process on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._known = True
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+            return
+        try:
+            _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
+            self._before = _resident("VmRSS")
+        except OSError:
+            self._known = False
+
+    def bytes(self) -> int | None:
+        """Return the most bytes held since then beside those before; None where the system does not say."""
+        if not self._known:
+            return None
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return max(0, _resident("VmHWM") - self._before)
+
+
+def _resident(name: str) -> int:
+    lines = _STATUS.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

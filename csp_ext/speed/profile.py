@@ -1,0 +1,58 @@
+"""What part of a forward one kind of work takes, read from torch's profiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+from csp_ext.speed.clock import timed
+
+# What attends: csp_ext's op and those behind torch's scaled_dot_product_attention.
+ATTENTION = ("csp::decode", "aten::scaled_dot_product_attention", "aten::_scaled_dot_product")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds of some events and of the whole call, on the device that computes."""
+
+    seconds: float
+    total: float
+
+    @property
+    def share(self) -> float:
+        """Their part of the whole."""
+        return self.seconds / self.total
+
+
+def profile(device: torch.device, names: Iterable[str], call: Callable[[], object]) -> Profile:
+    """Run `call` and return how long the events took whose names begin with one of `names`.
+
+    On a GPU it is the time of their kernels.
+    """
+    wanted, on_gpu = tuple(names), device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities) as record:
+        took, _ = timed(device, call)
+    events: Any = [event for event in record.events() if event.device_type == DeviceType.CPU]
+    found = [event for event in events if _is_outermost(event, wanted)]
+    outer = [event for event in events if event.cpu_parent is None]
+    return Profile(_seconds(found, on_gpu), _seconds(outer, on_gpu) if on_gpu else took)
+
+
+def _is_outermost(event: Any, names: tuple[str, ...]) -> bool:
+    if not event.name.startswith(names):
+        return False
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        if event.name.startswith(names):
+            return False
+    return True
+
+
+def _seconds(events: Iterable[Any], on_gpu: bool) -> float:
+    return 1e-6 * sum(event.device_time_total if on_gpu else event.cpu_time_total for event in events)
