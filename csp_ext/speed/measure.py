@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csp_ext.demo.console import first_line
 from csp_ext.speed.arms import Arm, make_arms
 from csp_ext.speed.bandwidth import measure_bandwidth
 from csp_ext.speed.clock import paired, quartiles
@@ -125,12 +124,15 @@ class Measured:
         Bytes of weights that a step reads.
     slot : int
         Bytes of one token's keys and values in all layers.
+    tokens : int
+        Of the prompt, per row.
     """
 
     rows: list[Row]
     bandwidth: float
     weights: int
     slot: int
+    tokens: int
 
     def find(self, batch: int, kind: str, budget: float | None = 1.0) -> Row | None:
         """Return the row of an arm if it was measured."""
@@ -186,7 +188,7 @@ def measure(model: Any, workload: Workload, settings: Settings, tell: Tell) -> M
             rows += of_batch
     tell(total, total, "done")
     weights = step_weight_bytes(model)
-    return Measured(rows, bandwidth, weights, slot_bytes(model.config, model.dtype))
+    return Measured(rows, bandwidth, weights, slot_bytes(model.config, model.dtype), workload.tokens)
 
 
 def _warm_rounds(model: Any, batch: int, settings: Settings) -> int:
@@ -243,8 +245,3 @@ def _compiled(model: Any, settings: Settings) -> Iterator[Forward | None]:
     with torch._dynamo.config.patch(recompile_limit=8 * len(settings.batches) + 16):
         yield compiled
     torch.compiler.reset()
-
-
-def shares(budgets: Sequence[float]) -> str:
-    """Return budgets as people read them."""
-    return ", ".join(f"{100 * budget:.4g} %" for budget in budgets)
