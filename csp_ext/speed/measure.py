@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor
 from csp_ext.speed.arms import Arm, make_arms
 from csp_ext.speed.bandwidth import measure_bandwidth
 from csp_ext.speed.clock import paired, quartiles
-from csp_ext.speed.memory import settle
+from csp_ext.speed.memory import exact_resident_set, settle
 from csp_ext.speed.shapes import step_weight_bytes
-from csp_ext.speed.turn import PROFILED, WARM_STEPS, Forward, Turn, prune_share, take_turn
+from csp_ext.speed.turn import PROFILED, WARM_STEPS, Forward, Turn, take_turn
 from csp_ext.speed.workload import Workload, slot_bytes
 
 Tell = Callable[[int, int, str], None]
+# The round before the clock starts: on a GPU it compiles, on a CPU it measures memory, which costs time.
+REHEARSAL = -1
 # Warm-up, profile, and steps enough between them for a median.
 FEWEST_TOKENS = 1 + WARM_STEPS + PROFILED + 3
 
@@ -67,8 +70,8 @@ class Row:
         Rows of the prompt.
     turns : list of Turn
         One per round.
-    prune : float or None
-        Part of the prefill that goes into scoring, selecting and compacting; None: nothing is pruned.
+    peaks : list of int
+        Most bytes held beside model and inputs, one per turn that watched.
     failure : str
         Why there are no turns.
     """
@@ -76,7 +79,7 @@ class Row:
     arm: Arm
     batch: int
     turns: list[Turn] = field(default_factory=list)
-    prune: float | None = None
+    peaks: list[int] = field(default_factory=list)
     failure: str = ""
 
     @property
@@ -96,13 +99,18 @@ class Row:
     @property
     def first_s(self) -> float:
         """Seconds from the prompt to its first new token."""
-        return statistics.median(turn.first_s for turn in self.turns)
+        # The last prefill was profiled, which takes time.
+        return statistics.median(turn.first_s for turn in self.turns[:-1] or self.turns)
+
+    @property
+    def prune(self) -> float | None:
+        """Part of the prefill that goes into scoring, selecting and compacting; None: nothing is pruned."""
+        return self.turns[-1].prune
 
     @property
     def peak(self) -> int | None:
-        """Most bytes held beside the model."""
-        known = [turn.peak for turn in self.turns if turn.peak is not None]
-        return int(statistics.median(known)) if known else None
+        """Most bytes held beside the model; None where the system does not say."""
+        return int(statistics.median(self.peaks)) if self.peaks else None
 
     def relative_to(self, other: Row) -> float:
         """Return the time of a step as a share of another arm's, round by round."""
@@ -173,14 +181,17 @@ def measure(model: Any, workload: Workload, settings: Settings, tell: Tell) -> M
     """
     bandwidth = measure_bandwidth(model.device, settings.quick)
     arms = make_arms(settings.budgets, workload.tokens)
-    plan = [(batch, _warm_rounds(model, batch, settings)) for batch in settings.batches]
-    done, total = 0, sum(len(arms) * (warm + settings.rounds) for _, warm in plan)
+    done, total = 0, len(arms) * (1 + settings.rounds) * len(settings.batches)
+    # Libraries load at first use, into somebody's memory and time.
+    row = workload.inputs(model, 1)
+    for arm in {arm.kind: arm for arm in arms}.values():
+        take_turn(model, row, arm, settings.new_tokens, None, rehearsal=True)
     rows: list[Row] = []
     with _compiled(model, settings) as compiled:
-        for batch, warm in plan:
+        for batch in settings.batches:
             inputs = workload.inputs(model, batch)
             of_batch = [Row(arm, batch) for arm in arms]
-            for round_ in range(-warm, settings.rounds):
+            for round_ in range(REHEARSAL, settings.rounds):
                 for row in of_batch:
                     tell(done, total, f"batch {batch}")
                     _add_turn(model, inputs, row, settings, compiled, round_)
@@ -191,15 +202,6 @@ def measure(model: Any, workload: Workload, settings: Settings, tell: Tell) -> M
     return Measured(rows, bandwidth, weights, slot_bytes(model.config, model.dtype), workload.tokens)
 
 
-def _warm_rounds(model: Any, batch: int, settings: Settings) -> int:
-    """Return how many rounds come before the clock starts.
-
-    On a GPU one at every batch, which compiles; a CPU needs to have run everything once, at any batch.
-    """
-    first = batch == min(settings.batches) == settings.batches[0]
-    return 1 if first or settings.compiled or model.device.type == "cuda" else 0
-
-
 def _add_turn(
     model: Any,
     inputs: Mapping[str, Tensor],
@@ -208,21 +210,28 @@ def _add_turn(
     compiled: Forward | None,
     round_: int,
 ) -> None:
-    """Add one turn to a row, or the reason why it can have none; rounds below 0 warm up."""
+    """Add one turn to a row, or the reason why it can have none."""
     if row.failure:
         return
-    last = round_ == settings.rounds - 1
+    on_gpu, rehearsal = model.device.type == "cuda", round_ == REHEARSAL
+    turn = partial(take_turn, model, inputs, row.arm, settings.new_tokens)
     try:
-        turn = take_turn(model, inputs, row.arm, settings.new_tokens, compiled, profiled=last)
-        if last and row.arm.kind == "csp" and row.arm.budget not in (None, 1.0):
-            row.prune = prune_share(model, inputs, row.arm)
+        if not rehearsal:
+            result = turn(compiled, profiled=round_ == settings.rounds - 1)
+        elif on_gpu:
+            result = turn(compiled, rehearsal=True)
+        else:
+            with exact_resident_set(model.device):
+                result = turn(None, rehearsal=True)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
         row.failure = "out of memory"
     else:
-        if round_ >= 0:
-            row.turns.append(turn)
+        if not rehearsal:
+            row.turns.append(result)
+        if result.peak is not None and on_gpu != rehearsal:
+            row.peaks.append(result.peak)
     if row.failure:  # outside of the handler, whose error holds the tensors
         row.turns.clear()
         settle(model.device)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +14,10 @@ from csp_ext.evaluation.memory import give_back
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # what Linux takes to forget the high-water mark of the resident set
+# glibc's names for when a block gets pages of its own, and for how much free heap it keeps; the values in
+# force once a program has freed a large tensor, and the block that is worth pages of its own here.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+_USUAL, _EXACT = 32 << 20, 64 << 10
 
 
 def settle(device: torch.device) -> None:
@@ -20,6 +27,26 @@ def settle(device: torch.device) -> None:
         torch.cuda.empty_cache()
     else:
         give_back()
+
+
+@contextmanager
+def exact_resident_set(device: torch.device) -> Iterator[None]:
+    """Have the resident set follow what is allocated on a CPU: freed tensors leave it at once.
+
+    Otherwise the heap keeps what was freed, by chance more or less of it, and so does its high-water mark.
+    It costs time; nothing is to be timed in this block.
+    """
+    mallopt = None if device.type == "cuda" else getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, _EXACT)
+    settle(device)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, _USUAL)
+        mallopt(_TRIM_THRESHOLD, 2 * _USUAL)
 
 
 class Peak:

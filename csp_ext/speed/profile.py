@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import DeviceType
@@ -12,36 +12,48 @@ from torch.profiler import ProfilerActivity
 
 from csp_ext.speed.clock import timed
 
+T = TypeVar("T")
+
 # What attends: csp_ext's op and those behind torch's scaled_dot_product_attention.
 ATTENTION = ("csp::decode", "aten::scaled_dot_product_attention", "aten::_scaled_dot_product")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds of some events and of the whole call, on the device that computes."""
+    """Seconds of some events and of the whole call.
+
+    Attributes
+    ----------
+    seconds, total : float
+        On the device that computes.
+    wall : float
+        From the beginning of the call until its result is there.
+    """
 
     seconds: float
     total: float
+    wall: float
 
     @property
     def share(self) -> float:
-        """Their part of the whole."""
+        """Part of the whole."""
         return self.seconds / self.total
 
 
-def profile(device: torch.device, names: Iterable[str], call: Callable[[], object]) -> Profile:
-    """Run `call` and return how long the events took whose names begin with one of `names`.
+def profile(device: torch.device, names: Iterable[str], call: Callable[[], T]) -> tuple[Profile, T]:
+    """Return how long the events of a call took whose names begin with one of `names`, and its result.
 
     On a GPU it is the time of their kernels.
     """
     wanted, on_gpu = tuple(names), device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=activities) as record:
-        took, _ = timed(device, call)
+        wall, result = timed(device, call)
     events: Any = [event for event in record.events() if event.device_type == DeviceType.CPU]
     found = [event for event in events if _is_outermost(event, wanted)]
     outer = [event for event in events if event.cpu_parent is None]
-    return Profile(_seconds(found, on_gpu), _seconds(outer, on_gpu) if on_gpu else took)
+    total = _seconds(outer, on_gpu) if on_gpu else wall
+    return Profile(_seconds(found, on_gpu), total, wall), result
 
 
 def _is_outermost(event: Any, names: tuple[str, ...]) -> bool:

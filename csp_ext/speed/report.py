@@ -39,7 +39,8 @@ NOTES = (
     "the prefill that scores, selects and compacts, from torch's profiler.",
     "cache: keys and values of the prompt as stored, and their share of the full prompt's; stored: all keys "
     "and values at the end, room for new tokens included. peak: most memory that prefill and decode held "
-    "beside model and inputs (allocator of a GPU, resident set of a CPU).",
+    "beside model and inputs: the allocator's on a GPU; on a CPU the resident set's, in a round of its own "
+    "with few steps.",
     "static, dynamic: the untouched model over a StaticCache and a DynamicCache. gather: after an untouched "
     "prefill as many evenly spaced tokens are gathered and grow by cat; quick, because it ignores padding, "
     "sets per head, scores and the positions of what stays. All arms take turns within a round.",

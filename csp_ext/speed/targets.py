@@ -130,7 +130,7 @@ def _memory(measured: Measured, setting: Setting) -> list[Verdict]:
             return None
         return (full.peak - row.peak) / (full.turns[0].stored - row.turns[0].stored)
 
-    bound = f"one layer of {setting.layers} is whole: {1 - 1 / setting.layers:.3g}"
+    bound = f"one layer of {setting.layers} whole while it attends"
     return [
         Verdict("memory", "cache / (budget x full)", _worst(_pruned(measured), over_budget, max), 1.02),
         Verdict(
@@ -158,6 +158,9 @@ def _cpu(measured: Measured, setting: Setting) -> list[Verdict]:
             return None
         return mine.attention_s / all_.attention_s / (mine.attention_tokens / all_.attention_tokens)
 
+    empty, bound = measured.find(SOME, "csp", None) if applies else None, "-"
+    if empty is not None and empty.turns[-1].attention_s is not None:
+        bound = f"calls over {empty.arm.kept} tokens: {1e3 * empty.turns[-1].attention_s:.2g} ms"
     alone, untouched = measured.find(1, "csp"), measured.find(1, "static")
     eager = None
     if not setting.compiled and alone is not None and untouched is not None:
@@ -168,7 +171,13 @@ def _cpu(measured: Measured, setting: Setting) -> list[Verdict]:
         max,
     )
     return [
-        Verdict(where, f"batch {SOME}: attention / its share of tokens", _worst(rows, attention, max), 1.2),
+        Verdict(
+            where,
+            f"batch {SOME}: attention / its share of tokens",
+            _worst(rows, attention, max),
+            1.2,
+            bound=bound,
+        ),
         Verdict(where, f"batch {SOME}: step / static, any budget", slowest, 1.0),
         Verdict("eager", "batch 1, 100 %: step / static", eager, 1.05),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ class Turn:
     ----------
     first_s : float
         Seconds from the prompt to its first new token, pruning included.
+    prune : float or None
+        Part of the prefill that goes into scoring, selecting and compacting; None: not profiled, or nothing
+        of csp_ext in it.
     step_s : list of float
         Seconds of each step after the warm-up.
     read_tokens : float
@@ -47,6 +51,7 @@ class Turn:
     """
 
     first_s: float
+    prune: float | None
     step_s: list[float]
     read_tokens: float
     peak: int | None
@@ -79,6 +84,11 @@ class Decoder:
         self._token = _choose(output.logits)
         self._position = self._position + 1
 
+    def steps(self, forward: Forward, count: int) -> None:
+        """Take several steps."""
+        for _ in range(count):
+            self.step(forward)
+
 
 def _choose(logits: Tensor) -> Tensor:
     return logits[:, -1].argmax(-1, keepdim=True)
@@ -103,7 +113,9 @@ def take_turn(
     arm: Arm,
     new_tokens: int,
     compiled: Forward | None,
-    profiled: bool,
+    *,
+    rehearsal: bool = False,
+    profiled: bool = False,
 ) -> Turn:
     """Measure one turn.
 
@@ -119,17 +131,25 @@ def take_turn(
         Generated per row, the first of them by the prefill.
     compiled : callable or None
         What steps with constant shapes go through; None: the model itself.
+    rehearsal : bool
+        Whether a few steps will do.
     profiled : bool
-        Whether the last steps are profiled, eagerly, rather than timed.
+        Whether the prefill and the last steps are profiled; those steps are not timed, and eager.
     """
     device, length = model.device, inputs["input_ids"].shape[1]
-    steps = new_tokens - 1 - (PROFILED if profiled else 0)
+    steps = WARM_STEPS + 1 if rehearsal else new_tokens - 1 - (PROFILED if profiled else 0)
     forward = compiled if compiled is not None and arm.static else model
     settle(device)
     with arm.applied(model):
         peak = Peak(device)
         cache = arm.new_cache(model.config, length, new_tokens)
-        first_s, logits = timed(device, lambda: _prefill(model, inputs, arm, cache))
+        prefill = partial(_prefill, model, inputs, arm, cache)
+        prune = attention_s = None
+        if profiled and arm.kind == "csp":
+            record, logits = profile(device, (PRUNE_RANGE,), prefill)
+            first_s, prune = record.wall, record.share
+        else:
+            first_s, logits = timed(device, prefill)
         prompt_bytes = _without_room(cache, new_tokens if arm.static else 0)
         decoder = Decoder(logits, cache, length)
         watch = Stopwatch(device)
@@ -138,13 +158,14 @@ def take_turn(
             decoder.step(forward)
             watch.mark()
         step_s = watch.laps()[WARM_STEPS:]
-        most, attention_s = peak.bytes(), None
+        most = peak.bytes()
         if profiled:
-            record = profile(device, ATTENTION, lambda: [decoder.step(model) for _ in range(PROFILED)])
+            record, _ = profile(device, ATTENTION, partial(decoder.steps, model, PROFILED))
             attention_s = record.seconds / PROFILED
         stored = stored_bytes(cache)
     return Turn(
         first_s=first_s,
+        prune=prune,
         step_s=step_s,
         read_tokens=arm.kept + (WARM_STEPS + 1 + steps) / 2,
         peak=most,
@@ -153,13 +174,3 @@ def take_turn(
         attention_s=attention_s,
         attention_tokens=arm.kept + steps + (PROFILED + 1) / 2,
     )
-
-
-@torch.no_grad()
-def prune_share(model: Any, inputs: Mapping[str, Tensor], arm: Arm) -> float:
-    """Return the part of a prefill that goes into scoring, selecting and compacting, of one more prefill."""
-    device = model.device
-    settle(device)
-    with arm.applied(model):
-        cache = arm.new_cache(model.config, inputs["input_ids"].shape[1], 1)
-        return profile(device, (PRUNE_RANGE,), lambda: _prefill(model, inputs, arm, cache)).share
