@@ -15,7 +15,7 @@ from torch import Tensor
 from csp_ext.speed.arms import Arm, make_arms
 from csp_ext.speed.bandwidth import measure_bandwidth
 from csp_ext.speed.clock import paired, quartiles
-from csp_ext.speed.memory import exact_resident_set, settle
+from csp_ext.speed.memory import exact_resident_set, quick_collections, settle
 from csp_ext.speed.shapes import step_weight_bytes
 from csp_ext.speed.turn import PROFILED, WARM_STEPS, Forward, Turn, take_turn
 from csp_ext.speed.workload import Workload, slot_bytes
@@ -183,11 +183,11 @@ def measure(model: Any, workload: Workload, settings: Settings, tell: Tell) -> M
     arms = make_arms(settings.budgets, workload.tokens)
     done, total = 0, len(arms) * (1 + settings.rounds) * len(settings.batches)
     # Libraries load at first use, into somebody's memory and time.
-    row = workload.inputs(model, 1)
+    single = workload.inputs(model, 1)
     for arm in {arm.kind: arm for arm in arms}.values():
-        take_turn(model, row, arm, settings.new_tokens, None, rehearsal=True)
+        take_turn(model, single, arm, settings.new_tokens, None, rehearsal=True)
     rows: list[Row] = []
-    with _compiled(model, settings) as compiled:
+    with quick_collections(), _compiled(model, settings) as compiled:
         for batch in settings.batches:
             inputs = workload.inputs(model, batch)
             of_batch = [Row(arm, batch) for arm in arms]
@@ -251,6 +251,8 @@ def _compiled(model: Any, settings: Settings) -> Iterator[Forward | None]:
     options: dict[str, Any] = {"mode": "reduce-overhead"} if settings.backend == "inductor" else {}
     compiled = torch.compile(model.__call__, backend=settings.backend, **options)
     # Every batch may have graphs of its own, and two kinds of caches share the code of one forward.
-    with torch._dynamo.config.patch(recompile_limit=8 * len(settings.batches) + 16):
-        yield compiled
-    torch.compiler.reset()
+    try:
+        with torch._dynamo.config.patch(recompile_limit=8 * len(settings.batches) + 16):
+            yield compiled
+    finally:
+        torch.compiler.reset()

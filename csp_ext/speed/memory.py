@@ -41,12 +41,21 @@ def exact_resident_set(device: torch.device) -> Iterator[None]:
         yield
         return
     mallopt(_MMAP_THRESHOLD, _EXACT)
-    settle(device)
     try:
         yield
     finally:
         mallopt(_MMAP_THRESHOLD, _USUAL)
         mallopt(_TRIM_THRESHOLD, 2 * _USUAL)
+
+
+@contextmanager
+def quick_collections() -> Iterator[None]:
+    """Have Python's collector pass over what is there already: every one of :func:`settle` is a full one."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Peak:
