@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,20 +25,27 @@ class Profile:
 
     Attributes
     ----------
-    seconds, total : float
-        On the device that computes.
+    events : tuple of float
+        Of each event in order, on the device that computes.
+    total : float
+        Of the whole call there.
     wall : float
         From the beginning of the call until its result is there.
     """
 
-    seconds: float
+    events: tuple[float, ...]
     total: float
     wall: float
 
     @property
     def share(self) -> float:
         """Part of the whole."""
-        return self.seconds / self.total
+        return sum(self.events) / self.total
+
+    def typical(self, calls: int) -> float:
+        """Return the seconds of one of so many equal calls, the median."""
+        each = len(self.events) // calls
+        return statistics.median(sum(self.events[at * each : (at + 1) * each]) for at in range(calls))
 
 
 def profile(device: torch.device, names: Iterable[str], call: Callable[[], T]) -> tuple[Profile, T]:
@@ -49,11 +57,12 @@ def profile(device: torch.device, names: Iterable[str], call: Callable[[], T]) -
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=activities) as record:
         wall, result = timed(device, call)
-    events: Any = [event for event in record.events() if event.device_type == DeviceType.CPU]
+    events: list[Any] = [event for event in record.events() if event.device_type == DeviceType.CPU]
+    events.sort(key=lambda event: event.time_range.start)
     found = [event for event in events if _is_outermost(event, wanted)]
     outer = [event for event in events if event.cpu_parent is None]
-    total = _seconds(outer, on_gpu) if on_gpu else wall
-    return Profile(_seconds(found, on_gpu), total, wall), result
+    total = sum(_seconds(event, on_gpu) for event in outer) if on_gpu else wall
+    return Profile(tuple(_seconds(event, on_gpu) for event in found), total, wall), result
 
 
 def _is_outermost(event: Any, names: tuple[str, ...]) -> bool:
@@ -66,5 +75,5 @@ def _is_outermost(event: Any, names: tuple[str, ...]) -> bool:
     return True
 
 
-def _seconds(events: Iterable[Any], on_gpu: bool) -> float:
-    return 1e-6 * sum(event.device_time_total if on_gpu else event.cpu_time_total for event in events)
+def _seconds(event: Any, on_gpu: bool) -> float:
+    return 1e-6 * (event.device_time_total if on_gpu else event.cpu_time_total)

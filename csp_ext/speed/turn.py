@@ -20,7 +20,7 @@ from csp_ext.speed.profile import ATTENTION, profile
 # Steps that settle: caches, and on a GPU the graph that is recorded for the new buffers.
 WARM_STEPS = 8
 # Steps at the end of a profiled turn that belong to the profiler.
-PROFILED = 4
+PROFILED = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Turn:
     stored : int
         Bytes of all keys and values at the end, with the room where there is some.
     attention_s : float or None
-        Seconds of attention in a step, of the profiled steps at the end; None: the turn was not profiled.
+        Seconds of attention in the middle one of the profiled steps; None: the turn was not profiled.
     attention_tokens : float
         Tokens of a row that these steps read, in the middle of them.
     """
@@ -161,7 +161,7 @@ def take_turn(
         most = peak.bytes()
         if profiled:
             record, _ = profile(device, ATTENTION, partial(decoder.steps, model, PROFILED))
-            attention_s = record.seconds / PROFILED
+            attention_s = record.typical(PROFILED)
         stored = stored_bytes(cache)
     return Turn(
         first_s=first_s,
