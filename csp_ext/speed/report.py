@@ -32,7 +32,8 @@ NOTES = (
     "round by round. tokens/s: of all rows.",
     "roofline: ms to read the step's weights and the cached tokens it attends to, at the bandwidth measured "
     "in this run; what fits into the processor's own cache can be faster. Amdahl: ms if the time over the "
-    "cache fell with the tokens read: between the step over a few tokens and the one over the static cache.",
+    "cache fell with the tokens read: between the step over a few tokens and the one over the static cache; "
+    "less is possible where csp::decode attends faster than scaled_dot_product_attention does.",
     "attention: ms of csp::decode or scaled_dot_product_attention in an eager step, from torch's profiler, "
     "at the end of the generation.",
     "first token: seconds from ids and pixels to the first new token, pruning included. pruning: the part of "

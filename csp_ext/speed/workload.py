@@ -50,7 +50,9 @@ class Workload:
         config, device = model.config, model.device
         generator = torch.Generator().manual_seed(rows)
         image_token = config.image_token_id
-        ids = torch.randint(0, image_token, (rows, self.tokens), generator=generator)
+        words = config.get_text_config(decoder=True).vocab_size - 1
+        ids = torch.randint(0, words, (rows, self.tokens), generator=generator)
+        ids += ids >= image_token  # any token but an image's
         text = self.tokens - self.images * self.per_image - QUESTION
         for image in range(self.images):
             begin = text * (image + 1) // self.images + image * self.per_image
