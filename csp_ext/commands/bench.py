@@ -191,10 +191,11 @@ def _shares(texts: tuple[str, ...]) -> tuple[float, ...]:
 
 def _about(options: _Options, model: Any, name: str, workload: Any, bandwidth: float) -> dict[str, Any]:
     """Return what must be known of a measurement, as sentences and as plain values."""
+    from csp_ext.config import CSPConfig
     from csp_ext.paper.request import Subject, versions
     from csp_ext.speed.files import machine
 
-    computes = machine(options.device)
+    computes, config = machine(options.device), CSPConfig()
     prompt = (
         f"{workload.tokens} tokens per row, {workload.images} image{'s' if workload.images > 1 else ''} of "
         f"{workload.per_image} among them, {options.new_tokens} new tokens"
@@ -204,6 +205,8 @@ def _about(options: _Options, model: Any, name: str, workload: Any, bandwidth: f
         f"{name}, {str(model.dtype).removeprefix('torch.')}, {computes['device']}; {prompt}; {steps}; "
         f"medians of {options.rounds} round{'s' if options.rounds > 1 else ''}.",
         f"Model: {Subject(name, model, None).described()}.",
+        f"csp: the defaults of CSPConfig, window {config.window}, hop {config.hop}, heads {config.heads!r}, "
+        f"combine {config.combine!r}.",
         f"Machine: {', '.join(f'{key} {value}' for key, value in computes.items())}; it reads "
         f"{bandwidth / 1e9:.1f} GB/s.",
         f"Versions: {versions()}.",
@@ -218,6 +221,7 @@ def _about(options: _Options, model: Any, name: str, workload: Any, bandwidth: f
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
         "compiled": options.compiled,
+        "csp": config.to_dict() | {"budget": None},
         "repeat": options.command(),
     }
     return {"facts": facts, "settings": settings}

@@ -11,7 +11,7 @@ from torch import Tensor
 from csp_ext.demo.console import UserError
 
 IMAGES = 5
-# What observes is the text behind the last image: this many queries score the prompt.
+# Text behind the last image: more than csp_ext's window, which so holds words only.
 QUESTION = 32
 
 
