@@ -250,9 +250,12 @@ def _compiled(model: Any, settings: Settings) -> Iterator[Forward | None]:
         return
     options: dict[str, Any] = {"mode": "reduce-overhead"} if settings.backend == "inductor" else {}
     compiled = torch.compile(model.__call__, backend=settings.backend, **options)
-    # Every batch may have graphs of its own, and two kinds of caches share the code of one forward.
+    # Every batch may have graphs of its own, two kinds of caches share the code of one forward, and a CUDA
+    # graph is recorded again for the buffers of each turn.
+    dynamo = torch._dynamo.config.patch(recompile_limit=8 * len(settings.batches) + 16)
+    inductor = torch._inductor.config.patch({"triton.cudagraph_unexpected_rerecord_limit": 10_000})
     try:
-        with torch._dynamo.config.patch(recompile_limit=8 * len(settings.batches) + 16):
+        with dynamo, inductor:
             yield compiled
     finally:
         torch.compiler.reset()

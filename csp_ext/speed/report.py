@@ -48,6 +48,26 @@ NOTES = (
 )
 
 
+# Of a row, in the order that :func:`record` computes them.
+_NUMBERS = (
+    "ms_per_token",
+    "ms_quartile_1",
+    "ms_quartile_3",
+    "of_static",
+    "tokens_per_s",
+    "read_tokens",
+    "roofline_ms",
+    "amdahl_ms",
+    "attention_ms",
+    "first_token_ms",
+    "prune_share_of_prefill",
+    "prompt_cache_bytes",
+    "of_full_prompt_cache",
+    "stored_bytes",
+    "peak_bytes",
+)
+
+
 def record(measured: Measured, row: Row) -> dict[str, Any]:
     """Return a row in plain numbers; None where there is none."""
     arm = row.arm
@@ -80,25 +100,6 @@ def record(measured: Measured, row: Row) -> dict[str, Any]:
         row.peak,
     )
     return about | dict(zip(_NUMBERS, numbers, strict=True)) | {"failure": ""}
-
-
-_NUMBERS = (
-    "ms_per_token",
-    "ms_quartile_1",
-    "ms_quartile_3",
-    "of_static",
-    "tokens_per_s",
-    "read_tokens",
-    "roofline_ms",
-    "amdahl_ms",
-    "attention_ms",
-    "first_token_ms",
-    "prune_share_of_prefill",
-    "prompt_cache_bytes",
-    "of_full_prompt_cache",
-    "stored_bytes",
-    "peak_bytes",
-)
 
 
 def rounds(row: Row) -> list[dict[str, Any]]:
