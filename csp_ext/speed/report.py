@@ -37,7 +37,8 @@ NOTES = (
     "attention: ms of csp::decode or scaled_dot_product_attention in an eager step, from torch's profiler, "
     "at the end of the generation.",
     "first token: seconds from ids and pixels to the first new token, pruning included. pruning: the part of "
-    "the prefill that scores, selects and compacts, from torch's profiler.",
+    "the prefill that scores, selects and compacts (at 100 % only copies into the fixed cache), from torch's "
+    "profiler.",
     "cache: keys and values of the prompt as stored, and their share of the full prompt's; stored: all keys "
     "and values at the end, room for new tokens included. peak: most memory that prefill and decode held "
     "beside model and inputs: the allocator's on a GPU; on a CPU the resident set's, in a round of its own "
