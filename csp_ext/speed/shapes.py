@@ -73,9 +73,9 @@ _CLIP_LARGE = (1024, 4096, 24, 16)
 SHAPES = {
     "llava-7b": Shape(4096, 11008, 32, 32, 32064, 32000, _CLIP_LARGE),
     "llava-13b": Shape(5120, 13824, 40, 40, 32064, 32000, _CLIP_LARGE),
-    # A prompt of 3100 tokens takes a third of a second on two cores, so all batches, budgets and rivals fit
-    # into ten minutes; one layer of twelve still shows beside a cache of 10 %, and batch 8 fills 230 MB.
-    "scaled": Shape(96, 256, 12, 3, 4096, 4095, (64, 128, 3, 2)),
+    # A prompt of 3100 tokens takes half a second on two cores, so all batches, budgets and rivals fit into a
+    # quarter of an hour; one layer of twelve still shows beside a cache of 10 %, and batch 8 fills 300 MB.
+    "scaled": Shape(128, 352, 12, 2, 4096, 4095, (64, 128, 3, 2)),
 }
 # Enough to see that the command works.
 QUICK = Shape(64, 160, 3, 2, 512, 511, (32, 64, 2, 2), image=84)
