@@ -4,7 +4,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
-STAGES=${STAGES:-build test cpp sanitize bench}
+STAGES=${STAGES:-build test cpp sanitize bench model}
 PYTHON=${PYTHON:-python3}
 WORK=${WORK:-$PWD/build/gpu}         # the environment and the logs
 OUT=${OUT:-$PWD/bench/results}       # what is kept
@@ -16,6 +16,8 @@ SANITIZE=${SANITIZE:-memcheck racecheck synccheck initcheck}
 SANITIZE_FILTER=${SANITIZE_FILTER:-*}
 SANITIZE_TESTS=${SANITIZE_TESTS:-equals_the_cpu}
 BENCH=${BENCH:-}                     # further options of bench/run_all.py
+MODEL=${MODEL:-llava-7b}             # for csp bench, at each of these batches
+MODEL_BATCHES=${MODEL_BATCHES:-1 8 24}
 
 venv=$WORK/venv
 cpp_tests=build/cuda/cpp_tests/csp_cuda_tests
@@ -172,8 +174,8 @@ sanitize() {
 mkdir -p "$WORK" "$OUT"
 for stage in $STAGES; do
   case $stage in
-    build | test | cpp | sanitize | bench) ;;
-    *) echo "no such stage: $stage (build test cpp sanitize bench)" >&2; exit 2 ;;
+    build | test | cpp | sanitize | bench | model) ;;
+    *) echo "no such stage: $stage (build test cpp sanitize bench model)" >&2; exit 2 ;;
   esac
 done
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
@@ -197,6 +199,12 @@ if has_stage bench && built bench; then
   # shellcheck disable=SC2086  # BENCH holds several words
   attempt bench "$LIMIT" bench.log "$venv/bin/python" bench/run_all.py --device cuda --folder "$OUT" \
     --limit "$((LIMIT - 10))" $BENCH
+fi
+if has_stage model && built model; then
+  for rows in $MODEL_BATCHES; do
+    attempt "model, batch $rows" "$LIMIT" "model-$rows.log" "$venv/bin/python" -m csp_ext bench \
+      --model "$MODEL" --device cuda --batch "$rows" --out "$OUT/$MODEL-batch-$rows"
+  done
 fi
 
 say "summary"

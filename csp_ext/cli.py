@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from csp_ext.commands.bench import bench as bench_command
 from csp_ext.commands.eval import evaluate as eval_command
 from csp_ext.commands.paper import paper as paper_command
 from csp_ext.commands.shared import Device, Dtype, Json, one_line_errors, parse_budget, progress_bars, quiet
@@ -289,3 +290,4 @@ def _configs(budgets: list[str], fields: dict[str, Any]) -> list[Run]:
 # Commands with modules of their own.
 main.command(name="eval")(eval_command)
 main.command(name="paper")(paper_command)
+main.command(name="bench")(bench_command)

@@ -199,13 +199,14 @@ class RowReference:
         assert self.config is not None
         sizes = self.config.replace(budget=self.budget).resolve(self.budget)
         options = sizes.select_options()
-        kinds = torch.tensor(self.modality, dtype=torch.int8)
+        device = self.model.device
+        kinds = torch.tensor(self.modality, dtype=torch.int8, device=device)
         shared = self.config.heads == "shared"
         for index, (query, key) in enumerate(zip(self.queries, self.keys, strict=True)):
             assert query is not None
             assert key is not None
             group, total = query.shape[0] // key.shape[0], key.shape[1]
-            kept = torch.ones(1 if shared else key.shape[0], total, dtype=torch.bool)
+            kept = torch.ones(1 if shared else key.shape[0], total, dtype=torch.bool, device=device)
             before = self.kept[index]
             assert before is not None
             kept[:, : before.shape[1]] = before.expand(kept.shape[0], -1)

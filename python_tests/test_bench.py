@@ -40,7 +40,7 @@ def test_every_benchmark_runs(bench, capsys, op):
         assert row["of bound"] > 0
     said = bench("harness").verdicts(result["rows"])
     assert all(": met, " in line or ": MISSED, " in line or ": not measured" in line for line in said)
-    assert bool(said) == (op in ("score", "select", "compact", "prune", "decode"))
+    assert bool(said) == (op in ("score", "select", "compact", "prune", "decode", "overhead"))
     assert bench("run_all").markdown(result).count("\n| ") == len(result["rows"]) + 1
 
 
@@ -244,8 +244,8 @@ def test_the_gpu_script_refuses_a_stage_it_does_not_know(tmp_path):
 
 
 def test_the_gpu_script_says_what_is_not_built(tmp_path):
-    run = gpu_script(tmp_path, STAGES="test bench")
+    run = gpu_script(tmp_path, STAGES="test bench model")
     assert run.returncode == 1
     summary = run.stdout.split("==> summary")[1]
-    assert summary.count("SKIPPED") == 2
+    assert summary.count("SKIPPED") == 3
     assert "the package is not built: run the stage build" in summary

@@ -120,6 +120,17 @@ def test_methods_in_float32(gqa32: Any, attention: str | None, decode_n: float, 
             assert_logits_close(logits(output), logits(grown), torch.float32)
 
 
+def test_a_prompt_on_its_way_into_a_buffer_is_compacted_in_place(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing beside the prompt and the buffer: the kept rows have no tensor of their own."""
+    with apply(model, CONFIG):
+        expected = generate_batch(model, ROWS, 4)
+        monkeypatch.setattr(csp_ext.ops, "compact", None)
+        output = generate_batch(model, ROWS, 4, **STATIC)
+    assert_logits_close(logits(output), logits(expected), torch.float64)
+
+
 def test_sizes_differ_between_layers_and_capacity_is_exact(gqa32: Any) -> None:
     with apply(gqa32, method="pyramidkv-tuned", budget=BUDGET):
         cache = generate_batch(gqa32, ROWS[:2], 6, **STATIC).past_key_values

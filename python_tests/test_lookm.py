@@ -144,12 +144,10 @@ def test_tokens_that_resemble_nothing_may_still_merge():
 
 def test_no_merge_is_h2o_with_sinks():
     layer = make_layer("left")
-    selection = LookM(budget=30, merge="none").start(layer.modality, 150, True)
-    slots = selection.select(layer)
-    key, value = reference.compact(layer.key, layer.value, slots)
-    merged = selection.merge(layer, slots, key.clone(), value.clone())
-    assert torch.equal(merged[0], key)
-    assert torch.equal(merged[1], value)
+    for merge in merging.MERGES:
+        selection = LookM(budget=30, merge=merge).start(layer.modality, 150, True)
+        assert selection.merges == (merge != "none")
+    slots = LookM(budget=30, merge="none").start(layer.modality, 150, True).select(layer)
     h2o = selected(H2O(budget=30), layer)
     both = [
         set(a.tolist()) & set(b.tolist()) for a, b in zip(slots.flatten(0, 1), h2o.flatten(0, 1), strict=True)

@@ -159,6 +159,17 @@ def test_budgets_are_exact(recording: Recording, name: str) -> None:
         assert torch.equal(layer.lengths, want[:, None].expand_as(layer.lengths))
 
 
+def test_heads_share_a_mask_where_the_budget_is_exact(recording: Recording, name: str) -> None:
+    method = method_of(name)
+    cache, stats = recording.pruned(method)
+    lengths = [len(row) for row in ROWS]
+    exact = method.start(recording.modality, max(lengths), True).exact
+    for layer, kept in zip(cache.layers, stats.layers, strict=True):
+        if layer.bias is not None:
+            assert layer.bias.shape[1] == (1 if exact else 4)
+        assert not exact or (kept.lengths == kept.lengths[:, :1]).all()
+
+
 def test_a_pyramid_has_its_budget_over_all_layers(recording: Recording) -> None:
     _, stats = recording.pruned(method_of("pyramidkv"))
     lengths = torch.stack([layer.lengths for layer in stats.layers])

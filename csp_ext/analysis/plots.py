@@ -18,6 +18,7 @@ from csp_ext.demo.console import replacing
 # Okabe and Ito's colours, told apart by the colour-blind; black for references. What comes after the last of
 # them begins anew, hollow and dashed.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F")
+DASHES = ("--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE: Any = {
     "font.size": 9.0,
@@ -47,7 +48,7 @@ class Line:
     low, high : array_like, optional
         [N], the edges of a band around it.
     reference : bool
-        Drawn in black, dashed and without markers.
+        Drawn in black, dashed or dotted and without markers.
     """
 
     name: str
@@ -70,8 +71,16 @@ class Panel:
     from_zero: bool = False
 
 
-def draw_panels(panels: Sequence[Panel], path: Path, title: str, note: str, *, markers: bool = True) -> None:
-    """Draw panels of lines, at most four side by side, with one legend.
+def draw_panels(
+    panels: Sequence[Panel],
+    path: Path,
+    title: str,
+    note: str,
+    *,
+    markers: bool = True,
+    columns: int | None = None,
+) -> None:
+    """Draw panels of lines with one legend.
 
     Parameters
     ----------
@@ -83,23 +92,25 @@ def draw_panels(panels: Sequence[Panel], path: Path, title: str, note: str, *, m
         Above and below.
     markers : bool
         Whether a point is marked.
+    columns : int, optional
+        How many stand side by side; default: at most four.
     """
-    columns = min(len(panels), 3 if len(panels) in (5, 6, 9) else 4)
+    columns = columns or min(len(panels), 3 if len(panels) in (5, 6, 9) else 4)
     rows = math.ceil(len(panels) / columns)
     lines = [line for panel in panels for line in panel.lines]
     names = list(dict.fromkeys(line.name for line in lines))
-    references = {line.name for line in lines if line.reference}
+    references = list(dict.fromkeys(line.name for line in lines if line.reference))
     coloured = [name for name in names if name not in references]
     with _sheet(max(6.4, 3.1 * columns), 2.6 * rows, path, title, note, names) as (figure, legend):
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         handles: dict[str, Any] = {}
-        for place, panel in zip(axes, panels, strict=False):
+        for order, (place, panel) in enumerate(zip(axes, panels, strict=False)):
             for line in panel.lines:
-                at = -1 if line.reference else coloured.index(line.name)
+                at = (references if line.reference else coloured).index(line.name)
                 handles.setdefault(line.name, _draw_line(place, line, at, markers))
             place.set_title(panel.title)
             place.set_xlabel(panel.x)
-            if place.get_subplotspec().is_first_col() or panel.y != panels[0].y:
+            if order % columns == 0 or panel.y != panels[order - order % columns].y:
                 place.set_ylabel(panel.y)
             if panel.ticks is not None:
                 place.set_xticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
@@ -113,11 +124,12 @@ def draw_panels(panels: Sequence[Panel], path: Path, title: str, note: str, *, m
 
 def _draw_line(place: Any, line: Line, at: int, markers: bool) -> Any:
     if line.reference:
-        (handle,) = place.plot(line.x, line.y, color="black", linestyle="--", linewidth=1.2)
+        dashes = DASHES[at % len(DASHES)]
+        (handle,) = place.plot(line.x, line.y, color="black", linestyle=dashes, linewidth=1.2)
         return handle
     look = _look(at) if markers else {"color": COLOURS[at % len(COLOURS)]}
-    dashes = "-" if at < len(COLOURS) else (0, (4, 1.5))
-    (handle,) = place.plot(line.x, line.y, linewidth=1.5, linestyle=dashes, **look)
+    solid = "-" if at < len(COLOURS) else (0, (4, 1.5))
+    (handle,) = place.plot(line.x, line.y, linewidth=1.5, linestyle=solid, **look)
     if line.low is not None and line.high is not None:
         place.fill_between(line.x, line.low, line.high, color=look["color"], alpha=0.15, linewidth=0)
     return handle

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -18,6 +19,7 @@ from csp_ext.integration.front import Front, additive
 
 # A name here must contain neither "flash" nor a slash: transformers takes those for kernels of its own.
 IMPLEMENTATIONS = {"eager": "csp_eager", "sdpa": "csp_sdpa", flash.BASE: "csp_fa2"}
+PRUNE_RANGE = "csp::prune_layer"  # what a profile calls scoring, selecting and compacting a layer
 OWN = "csp"  # sdpa for prompts, csp_ext's decode behind a pruned one
 _MASKS: dict[str, Callable[..., Any]] = {
     "csp_eager": eager_mask,
@@ -156,7 +158,8 @@ def _complete(
     window = prompt
     if layer.queries is not None:
         window, lse = layer.queries, None  # of earlier forwards, too
-    plan.carry_out(module.layer_idx, layer, window, scale, causal, lse)
+    with record_function(PRUNE_RANGE):
+        plan.carry_out(module.layer_idx, layer, window, scale, causal, lse)
     if not drafts:
         return output, weights
     assert layer.front is not None

@@ -32,6 +32,7 @@ class PrunedLayer(DynamicLayer):
 
     keys: Any  # [B, Hkv, S, D], None before the first update
     values: Any
+    buffered = False  # what is kept of a prompt is copied into a buffer
 
     def __init__(self) -> None:
         super().__init__()

@@ -110,8 +110,10 @@ class Front:
             free = recent - after.shape[-1]
             after = torch.nn.functional.pad(after, (0, free), value=torch.finfo(after.dtype).min)
         front = self._bias(query)
-        shape = (query.shape[0], max(front.shape[1], after.shape[1]), length, -1)
-        return torch.cat([front.expand(shape), after.expand(shape).to(front.dtype)], dim=-1)
+        shape = (query.shape[0], max(front.shape[1], after.shape[1]), length)
+        parts = (front, after.to(front.dtype))
+        # Concatenating expanded tensors is slow.
+        return torch.cat([p if p.shape[:3] == shape else p.expand(*shape, -1) for p in parts], dim=-1)
 
     def _causal(self, length: int, recent: int, query: Tensor) -> Tensor:
         if self.end is None:
@@ -149,6 +151,8 @@ class Decoding:
     plain : bool
         Whether the model's own mask has the padding of these slots right, and all rows and heads have dropped
         a token.
+    alike : bool
+        Whether the heads of a row always keep equally many tokens: one mask then does for all of them.
     heads : tuple of int
         Hq and Hkv.
     dtype : torch.dtype
@@ -158,6 +162,7 @@ class Decoding:
     n: float
     own: bool
     plain: bool
+    alike: bool
     heads: tuple[int, int]
     dtype: torch.dtype
 
@@ -176,6 +181,8 @@ class Decoding:
         dropped : Tensor
             bool [B, Hs], who has dropped a token: only they have an n-softmax.
         """
+        if self.alike:
+            kept, dropped = kept[:, :1], dropped[:, :1]
         count = kept.shape[-1]
         num_heads, num_kv_heads = self.heads
         if self.own:

@@ -38,7 +38,8 @@ def new_tokens(model: Any, kwargs: dict[str, Any], given: int) -> int:
     if count is not None:
         return int(count)
     length = setting(model, kwargs, "max_length")
-    return _DEFAULT if length is None else max(_DEFAULT, int(length) - given)
+    # A length that the prompt already has is transformers' own to refuse.
+    return _DEFAULT if length is None else max(1, int(length) - given)
 
 
 class StaticCaches:

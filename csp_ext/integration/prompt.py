@@ -234,6 +234,7 @@ class Plan:
             n=self.decode_n,
             own=layer.own and has_decode(keys),
             plain=self.plain,
+            alike=self.selection.exact,
             heads=(query.shape[1], keys.shape[1]),
             dtype=query.dtype,
         )
@@ -244,8 +245,7 @@ class Plan:
             front = decoding.front(kept, dropped)
             # Compacting a -1 gives zeros: that is the sink.
             slots = torch.nn.functional.pad(indices, (decoding.sink, 0), value=PADDING)
-            key, value = implementation_for(keys).compact(keys, values, slots)
-            key, value = self.selection.merge(seen, slots, key, value)
+            key, value = self._compacted(seen, slots, layer.buffered)
         else:
             front = self._whole(keys, decoding.own)
         layer.growth, renewal = None, self.selection.renewal
@@ -258,6 +258,16 @@ class Plan:
             layer.keep_prompt(self.length, front)
         layer.plan = layer.queries = None
         self.stats.layers.append(LayerStats(index, before, after, self.modality, indices))
+
+    def _compacted(self, seen: Layer, slots: Tensor, buffered: bool) -> tuple[Tensor, Tensor]:
+        """Return what stands in the slots, in place where it will be copied into a buffer anyway."""
+        impl, count = implementation_for(seen.key), slots.shape[-1]
+        free = not (seen.key.requires_grad or seen.value.requires_grad)
+        if buffered and free and not self.selection.merges and count <= self.length:
+            impl.compact_(seen.key, seen.value, slots)
+            return seen.key[:, :, :count], seen.value[:, :, :count]
+        key, value = impl.compact(seen.key, seen.value, slots)
+        return self.selection.merge(seen, slots, key, value) if self.selection.merges else (key, value)
 
     @classmethod
     def untouched(cls, rows: int, length: int, device: torch.device) -> Plan:

@@ -35,6 +35,7 @@ class StaticPrunedLayer(PrunedLayer):
     """
 
     is_compileable = True
+    buffered = True
 
     def __init__(self, room: int) -> None:
         super().__init__()

@@ -92,9 +92,12 @@ class Selection(ABC):
         Whether a row of at least `prune_from` tokens fills every slot.
     renewal : Renewal or None
         How to prune again while the answer grows; None: never.
+    merges : bool
+        Whether :meth:`merge` does anything.
     """
 
     renewal: Renewal | None = None
+    merges: bool = False
     budget: int
     prune_from: int
     observes: int

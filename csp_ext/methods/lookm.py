@@ -89,6 +89,7 @@ class _Selection(RankedSelection):
 
     def __init__(self, method: LookM, budget: int, recent: int, watching: Tensor, modality: Tensor) -> None:
         super().__init__(method, budget, recent, watching)
+        self.merges = method.merge != "none"
         if method.text_prior == "release":
             most = int(_old_text(modality, recent).sum(-1).amax())
             self.slots = max(budget, most + recent)
@@ -112,8 +113,6 @@ class _Selection(RankedSelection):
         return torch.where(exceeds[:, None, None], whole_text[:, None], kept)
 
     def merge(self, layer: Layer, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self.method.merge == "none":
-            return key, value
         return self.method.put_in(layer, slots, key, value)
 
 

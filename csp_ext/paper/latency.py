@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from csp_ext.demo.run import stored_bytes
 from csp_ext.integration import apply
 from csp_ext.integration.recording import Recording
 from csp_ext.methods import CSP
+from csp_ext.speed.clock import paired, quartiles, timed
 
 # Steps of one budget before the next one's turn: short enough that a noisy neighbour hits all alike, long
 # enough that a step mostly finds what the step before it left in the processor's caches.
@@ -59,17 +59,13 @@ class Pruned:
         return [statistics.median(self.step_s[at : at + TURN]) for at in range(0, len(self.step_s), TURN)]
 
     def relative_to(self, other: Pruned) -> float:
-        """Return the time of a step as a share of another budget's: the median over the turns, in pairs.
-
-        What else the machine does then hits both sides of a pair alike.
-        """
-        return statistics.median(a / b for a, b in zip(self.turns_s, other.turns_s, strict=True))
+        """Return the time of a step as a share of another budget's: the median over the turns, in pairs."""
+        return paired(self.turns_s, other.turns_s)
 
     @property
     def quartiles_s(self) -> tuple[float, float]:
         """Seconds of a fast and of a slow step."""
-        low, _, high = statistics.quantiles(self.step_s, n=4)
-        return low, high
+        return quartiles(self.step_s)
 
 
 @dataclass(frozen=True)
@@ -124,16 +120,17 @@ def measure(
     Latency
     """
     methods = [CSP(CSPConfig(budget=budget)) for budget in budgets]
+    device = model.device
     with apply(model, method="full") as handle:
         length = inputs["input_ids"].shape[1]
         observes = max(method.observes(length) for method in methods)
         Recording.of(handle, inputs, observes)
-        prefill_s, recording = _timed(lambda: Recording.of(handle, inputs, observes))
+        prefill_s, recording = timed(device, lambda: Recording.of(handle, inputs, observes))
         caches, prune_s, prompt_bytes = [], [], []
         for method in methods:
             took = []
             for _ in range(PRUNES):
-                seconds, (cache, _stats) = _timed(partial(recording.pruned, method))
+                seconds, (cache, _stats) = timed(device, partial(recording.pruned, method))
                 took.append(seconds)
             prune_s.append(statistics.median(took) if method.config.budget != 1.0 else 0.0)
             caches.append(cache)
@@ -144,7 +141,7 @@ def measure(
         for turn in _turns(warm_up) + _turns(steps):
             for at, cache in enumerate(caches):
                 for _ in range(turn):
-                    seconds, tokens[at] = _timed(partial(_step, model, tokens[at], cache))
+                    seconds, tokens[at] = timed(device, partial(_step, model, tokens[at], cache))
                     times[at].append(seconds)
                 progress()
     rows = (
@@ -168,14 +165,3 @@ def _turns(steps: int) -> list[int]:
 def _step(model: Any, token: Tensor, cache: Any) -> Tensor:
     output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1].argmax(-1, keepdim=True)
-
-
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the seconds of a call until its result is there, and the result."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    result = call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin, result

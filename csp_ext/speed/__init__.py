@@ -1,0 +1,1 @@
+"""What pruning saves in milliseconds and bytes, in whole models: ``csp bench``."""
