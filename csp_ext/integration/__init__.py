@@ -8,7 +8,8 @@ from csp_ext.integration.requirement import require_transformers
 
 require_transformers()
 
-from csp_ext.integration.handle import Handle, apply  # noqa: E402
+from csp_ext.integration.applying import apply  # noqa: E402
+from csp_ext.integration.handle import Handle  # noqa: E402
 from csp_ext.integration.static import CSPStaticCache  # noqa: E402
 from csp_ext.integration.stats import LayerStats, PruneStats  # noqa: E402
 

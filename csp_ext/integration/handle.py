@@ -1,13 +1,12 @@
-"""``apply`` puts CSP into a model, the :class:`Handle` it returns takes it out again."""
+"""The :class:`Handle` that ``apply`` returns: what runs around a model's forwards, and its way out."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,103 +16,16 @@ from csp_ext.config import CSPConfig
 from csp_ext.integration import attention as attentions
 from csp_ext.integration import flash
 from csp_ext.integration.cache import PrunedLayer, adopt_cache, pruned_layers
-from csp_ext.integration.generation import (
-    KeepRoom,
-    StaticCaches,
-    check_turn,
-    leave_whole,
-    new_tokens,
-    note_turn,
-    refuse_old_mask,
-)
+from csp_ext.integration.generation import KeepRoom, StaticCaches, leave_whole, new_tokens
 from csp_ext.integration.growth import make_room
-from csp_ext.integration.modality import modality_of_embeddings, modality_of_ids, real_tokens
+from csp_ext.integration.incoming import Incoming
+from csp_ext.integration.modality import real_tokens
 from csp_ext.integration.prompt import ANNOUNCED, Plan, Prompt
 from csp_ext.integration.static import CSPStaticCache
 from csp_ext.integration.stats import PruneStats
 from csp_ext.integration.support import check_model, decoder_key
-from csp_ext.methods import CSP, Method, make_method
-
-
-def apply(
-    model: PreTrainedModel,
-    config: CSPConfig | None = None,
-    *,
-    method: str | Method | None = None,
-    attention: str | None = None,
-    **fields: Any,
-) -> Handle:
-    """Prune the KV cache of every prompt this model sees, until :meth:`Handle.restore`.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A vision-language model of transformers (5.4 or newer) whose prompts hold placeholders for images.
-    config : CSPConfig, optional
-        Which CSP; default ``CSPConfig()``.
-    method : str or Method, optional
-        Another method instead: a name of ``csp_ext.methods.METHODS`` such as "snapkv", or an instance.
-    attention : {"csp"}, optional
-        How to attend to a pruned prompt: "csp" is the compiled ``decode``, for up to 8 new queries at a time
-        (prompts go through sdpa); default: the model's own implementation. With flash_attention_2, which
-        takes no mask, prompts go through flash-attn and all that follows as for "csp" in either case.
-    **fields
-        Any field of the config or the named method, e.g. ``budget=0.2``: a float in (0, 1] is a share of the
-        batch's longest prompt, an int is a number of tokens.
-
-    Returns
-    -------
-    Handle
-        Also a context manager. Applying twice returns the same handle, with the new config.
-
-    Raises
-    ------
-    TypeError
-        If `model` is not a model of transformers, or a field has the wrong type.
-    ValueError
-        If this model cannot be pruned; the message says why, and the model is left as it was.
-
-    Examples
-    --------
-    >>> handle = csp_ext.apply(model, budget=0.2)
-    >>> model.generate(**inputs)
-    >>> print(handle.stats)
-    >>> handle.restore()
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"apply: model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    chosen = _method(config, method, fields)
-    shared = isinstance(chosen, CSP) and chosen.config.heads == "shared"
-    if shared and (getattr(model, "_tp_size", None) or 1) > 1:
-        raise ValueError(
-            'apply: heads="shared" needs the scores of all heads, and tensor parallelism splits them'
-        )
-    if attention not in (None, attentions.OWN):
-        raise ValueError(f"apply: attention must be {attentions.OWN!r} or None, got {attention!r}")
-    handle = model.__dict__.get("_csp_handle")
-    if handle is None:
-        return Handle(model, chosen, attention)
-    handle.method = chosen
-    handle._attend(attention)
-    return handle
-
-
-def _method(config: CSPConfig | None, method: str | Method | None, fields: dict[str, Any]) -> Method:
-    if config is not None and not isinstance(config, CSPConfig):
-        raise TypeError(f"apply: config must be a CSPConfig, got {type(config).__name__}")
-    if config is not None and method is not None:
-        raise TypeError("apply: give a config or a method, not both")
-    if isinstance(method, Method):
-        return dataclasses.replace(cast(Any, method), **fields) if fields else method
-    if config is not None:
-        return CSP(dataclasses.replace(config, **fields))
-    return make_method("csp" if method is None else method, **fields)
-
-
-def _fresh(bound: dict[str, Any]) -> Any:
-    """Return what a forward adds to its cache: ids [B, q] or embeddings [B, q, hidden]; None for neither."""
-    ids = bound.get("input_ids")
-    return bound.get("inputs_embeds") if ids is None else ids
+from csp_ext.integration.turn import check_turn, note_turn, refuse_old_mask
+from csp_ext.methods import CSP, Method
 
 
 def _grows(cache: Any) -> bool:
@@ -145,7 +57,7 @@ class Handle:
         self._base = self._text_config._attn_implementation
         self._static = StaticCaches(model)
         attentions.register()
-        self._attend(attention)
+        self.attend(attention)
         if self._text_config._attn_implementation == self._base:
             raise ValueError(f"apply: {type(model).__name__} does not use transformers' AttentionInterface")
         self._own_generate = model.__dict__.get("generate")
@@ -155,8 +67,8 @@ class Handle:
             model.__dict__["generate"] = self._generate
         model.__dict__["_csp_handle"] = self
 
-    def _attend(self, attention: str | None) -> None:
-        """Attend to pruned prompts with csp_ext's own kernel, or as the model did before."""
+    def attend(self, attention: str | None) -> None:
+        """Attend to pruned prompts with csp_ext's own kernel ("csp"), or as the model did before (None)."""
         on_flash = self._base == flash.BASE  # which takes no mask that would hide slots
         self._own = on_flash or attention == attentions.OWN
         self._set_attention((None if on_flash else attention) or attentions.IMPLEMENTATIONS[self._base])
@@ -305,6 +217,7 @@ class Handle:
         if torch.compiler.is_compiling():
             return None
         bound = dict(zip(self._arguments, args, strict=False)) | kwargs
+        incoming = Incoming(bound, self.model, self._placeholders)
         cache: Any = bound.get("past_key_values")
         prompt = self._announced()
         made = cache is None
@@ -331,26 +244,24 @@ class Handle:
         stepping = prompt.single and prompt.reached
         complete = bool(layers[0].slots or layers[0].settled)
         if not complete:
-            self._prepare(layers, prompt, bound, self._method_of(cache))
+            self._prepare(layers, prompt, incoming, self._method_of(cache))
         elif prompt.recording is not None:
             prompt.recording.keep(layers)
         if layers[0].plan is None and not stepping:
-            self._turn(layers, prompt, bound)  # may prune a cache that was whole so far
-            check_turn(layers, _fresh(bound), bound.get("attention_mask"))
+            self._turn(layers, prompt, incoming)  # may prune a cache that was whole so far
+            check_turn(layers, incoming.fresh, incoming.mask)
         if complete:
-            prompt.reached = prompt.reached or self._turn_ends(layers, prompt, bound)
+            prompt.reached = prompt.reached or self._turn_ends(layers, prompt, incoming.fresh)
         elif isinstance(cache, CSPStaticCache) and layers[0].plan is None and prompt.reached:
-            leave_whole(layers, _fresh(bound), prompt.to_come)
+            leave_whole(layers, incoming.fresh, prompt.to_come)
         if not made:
             return None
         bound["past_key_values"] = cache
         return (), bound
 
-    def _prepare(
-        self, layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any], method: Method
-    ) -> None:
+    def _prepare(self, layers: list[PrunedLayer], prompt: Prompt, incoming: Incoming, method: Method) -> None:
         """Give the layers of an unpruned cache a plan if this forward completes a prompt."""
-        fresh = _fresh(bound)
+        fresh = incoming.fresh
         if fresh is None:
             return
         seen = layers[0].seen
@@ -366,14 +277,14 @@ class Handle:
                 layer.buffer = method.observes(length)
             return
         prompt.reached = True
-        modality = self._modality(prompt, bound, seen, length)
+        modality = incoming.modality(prompt, seen, length)
         if modality is None:
             self._warn(
                 "which of its positions are images cannot be seen (embeddings, or an earlier turn); "
                 "pass them in `with handle.prompt(modality=...)`"
             )
             return
-        real = real_tokens(bound.get("attention_mask"), length)
+        real = real_tokens(incoming.mask, length)
         masked = True
         if prompt.modality is not None:
             known = modality >= 0
@@ -389,51 +300,20 @@ class Handle:
         self._stats = plan.stats
 
     @staticmethod
-    def _turn_ends(layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any]) -> bool:
+    def _turn_ends(layers: list[PrunedLayer], prompt: Prompt, fresh: Any) -> bool:
         """Say whether a forward brings the last tokens of a later turn, which may come in chunks."""
-        fresh = _fresh(bound)
         if prompt.length is None or fresh is None:
             return True
         return int(layers[0].get_seq_length()) + fresh.shape[1] >= prompt.length - prompt.delay
 
-    def _turn(self, layers: list[PrunedLayer], prompt: Prompt, bound: dict[str, Any]) -> None:
+    def _turn(self, layers: list[PrunedLayer], prompt: Prompt, incoming: Incoming) -> None:
         """Prepare layers that are pruned again for tokens that no step of ``generate`` brings."""
-        fresh = _fresh(bound)
+        fresh = incoming.fresh
         if layers[0].growth is None or fresh is None:
             return
         # Where generate begins, it was done before the masks were made.
         if not prompt.single and make_room(layers, fresh.shape[1]):
             self._renewed()
-            refuse_old_mask(layers[0], bound.get("attention_mask"))
-        ids, known, seen = bound.get("input_ids"), prompt.modality, int(layers[0].get_seq_length())
-        if known is not None and known.shape[1] == seen + fresh.shape[1]:
-            kinds = known[:, seen:].to(torch.int8).repeat_interleave(len(fresh) // len(known), dim=0)
-        elif ids is not None:
-            kinds = modality_of_ids(ids, self._placeholders)
-        else:
-            text = torch.zeros(fresh.shape[:2], dtype=torch.int8, device=fresh.device)
-            shown = self._embedded(bound)
-            kinds = text if shown is None else shown
-        note_turn(layers, kinds, bound.get("attention_mask"), seen)
-
-    def _modality(self, prompt: Prompt, bound: dict[str, Any], seen: int, length: int) -> Tensor | None:
-        """Return the modality [B, length] of a prompt that is complete now, None where it cannot be seen."""
-        ids: Any = bound.get("input_ids")
-        fresh = _fresh(bound)
-        modality = prompt.modality_for(fresh.shape[0], self._placeholders, fresh.device)
-        if modality is None and ids is not None and seen == 0:
-            modality = modality_of_ids(ids[:, :length], self._placeholders)
-        if modality is None and bound.get("mm_token_type_ids") is not None:
-            types = bound["mm_token_type_ids"]
-            modality = types[:, :length].to(torch.int8) if types.shape[1] >= length else None
-        if modality is None and ids is None and seen == 0:
-            modality = self._embedded(bound)
-            modality = None if modality is None else modality[:, :length]
-        return modality
-
-    def _embedded(self, bound: dict[str, Any]) -> Tensor | None:
-        """Return the modality of `inputs_embeds` that come with images, None where none come."""
-        if bound.get("pixel_values") is None and not bound.get("mm_encoder_outputs"):
-            return None
-        table = self.model.get_input_embeddings()
-        return modality_of_embeddings(bound["inputs_embeds"], table, self._placeholders)
+            refuse_old_mask(layers[0], incoming.mask)
+        seen = int(layers[0].get_seq_length())
+        note_turn(layers, incoming.kinds(prompt, seen), incoming.mask, seen)

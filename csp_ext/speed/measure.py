@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -186,17 +187,17 @@ def measure(model: Any, workload: Workload, settings: Settings, tell: Tell) -> M
     single = workload.inputs(model, 1)
     for arm in {arm.kind: arm for arm in arms}.values():
         take_turn(model, single, arm, settings.new_tokens, None, rehearsal=True)
-    rows: list[Row] = []
+    rows = [Row(arm, batch) for batch in settings.batches for arm in arms]
     with quick_collections(), _compiled(model, settings) as compiled:
-        for batch in settings.batches:
-            inputs = workload.inputs(model, batch)
-            of_batch = [Row(arm, batch) for arm in arms]
-            for round_ in range(REHEARSAL, settings.rounds):
-                for row in of_batch:
+        # All rehearsals first: what timed turns leave in the heap would be taken for a peak.
+        for rounds in ([REHEARSAL], range(settings.rounds)):
+            for batch in settings.batches:
+                inputs = workload.inputs(model, batch)
+                of_batch = [row for row in rows if row.batch == batch]
+                for round_, row in itertools.product(rounds, of_batch):
                     tell(done, total, f"batch {batch}")
                     _add_turn(model, inputs, row, settings, compiled, round_)
                     done += 1
-            rows += of_batch
     tell(total, total, "done")
     weights = step_weight_bytes(model)
     return Measured(rows, bandwidth, weights, slot_bytes(model.config, model.dtype), workload.tokens)
@@ -249,10 +250,11 @@ def _compiled(model: Any, settings: Settings) -> Iterator[Forward | None]:
         yield None
         return
     options: dict[str, Any] = {"mode": "reduce-overhead"} if settings.backend == "inductor" else {}
-    compiled = torch.compile(model.__call__, backend=settings.backend, **options)
-    # Every batch may have graphs of its own, two kinds of caches share the code of one forward, and a CUDA
-    # graph is recorded again for the buffers of each turn.
-    dynamo = torch._dynamo.config.patch(recompile_limit=8 * len(settings.batches) + 16)
+    # Every arm has a graph of its own sizes, as in a process that knows no other; a CUDA graph is recorded
+    # again for the buffers of each turn.
+    compiled = torch.compile(model.__call__, backend=settings.backend, dynamic=False, **options)
+    graphs = len(settings.batches) * (len(settings.budgets) + 2)
+    dynamo = torch._dynamo.config.patch(recompile_limit=2 * graphs)
     inductor = torch._inductor.config.patch({"triton.cudagraph_unexpected_rerecord_limit": 10_000})
     try:
         with dynamo, inductor:
