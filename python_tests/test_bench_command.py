@@ -47,6 +47,21 @@ def run(*arguments: str) -> Any:
 # --- the command -----------------------------------------------------------------------------
 
 
+def test_estimate_runs_nothing():
+    """By hand: LLaVA-1.5-7B reads 13.2 GB of weights and 512 KiB per cached token."""
+    arguments = ["--estimate", "--batch", "24", "--budget", "100%", "--budget", "10%"]
+    found = json.loads(run(*arguments, "--json").stdout)
+    assert (found["model"], found["dtype"]) == ("llava-7b", "bfloat16")
+    weights = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096 + 32064 * 4096)
+    steps = [weights + 24 * 2**19 * (kept + 64) for kept in (3100, 310)]
+    assert [row["step_bytes"] for row in found["estimate"]] == steps
+    assert found["estimate"][1]["speedup_at_most"] == pytest.approx(steps[0] / steps[1])
+    assert found["estimate"][1]["prompt_cache_bytes"] == 24 * 2**19 * 310
+    text = run(*arguments).stdout
+    assert "2.96x" in text
+    assert "computed, not measured" in text
+
+
 def test_quick_run(tmp_path):
     result = run("--quick", "--json", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output

@@ -93,6 +93,14 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="A tiny model and prompt, to see that it works.")
     ] = False,
+    only_estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate",
+            help="Run nothing: print the bytes that a step reads, and the most that pruning can gain by them "
+            "(default: llava-7b in bfloat16).",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure what pruning saves: time per token and to the first one, throughput, cache and peak memory.
@@ -103,7 +111,8 @@ def bench(
     """
     with one_line_errors():
         require("hf", "transformers", "PIL")
-        require("demo", "matplotlib")
+        if not only_estimate:
+            require("demo", "matplotlib")
         from csp_ext.demo import checkpoint
 
         place = checkpoint.device_of(device)
@@ -111,7 +120,7 @@ def bench(
         if dtype not in checkpoint.DTYPES:
             raise UserError(f"dtype must be one of {', '.join(checkpoint.DTYPES)}, got {dtype!r}")
         options = _Options(
-            model=model or ("quick" if quick else "llava-7b" if on_gpu else "scaled"),
+            model=model or ("quick" if quick else "llava-7b" if on_gpu or only_estimate else "scaled"),
             device=place,
             dtype=dtype,
             batches=tuple(dict.fromkeys(batch or (QUICK_BATCHES if quick else BATCHES))),
@@ -123,7 +132,33 @@ def bench(
             quick=quick,
             out=out,
         )
-        _run(options, as_json)
+        if only_estimate:
+            _estimate(options, as_json)
+        else:
+            _run(options, as_json)
+
+
+def _estimate(options: _Options, as_json: bool) -> None:
+    from csp_ext.demo.console import stdout
+    from csp_ext.evaluation import sheets
+    from csp_ext.speed import estimate, loading
+    from csp_ext.speed.shapes import SHAPES
+
+    known = options.model in SHAPES and options.dtype == "auto"
+    source = loading.find(options.model, options.device, "bfloat16" if known else options.dtype)
+    sizes = options.prompt_tokens, options.new_tokens
+    found = estimate.estimate(source, options.batches, _shares(options.budgets), *sizes)
+    dtype = str(source.dtype).removeprefix("torch.")
+    if as_json:
+        plain = {"command": "bench", "estimate": found, "model": source.name, "dtype": dtype}
+        typer.echo(json.dumps(plain | {"prompt_tokens": sizes[0], "new_tokens": sizes[1]}, indent=2))
+        return
+    title = f"{source.name}, {dtype}: computed, not measured"
+    caption = (
+        f"A step half-way through {sizes[1]} new tokens behind {sizes[0]} of the prompt: weights of the "
+        "decoder and the output layer, keys and values."
+    )
+    stdout().print(sheets.terminal(estimate.HEAD, list(map(estimate.cells, found)), title, caption))
 
 
 def _run(options: _Options, as_json: bool) -> None:
