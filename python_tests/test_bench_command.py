@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -347,3 +349,19 @@ def test_arms_of_a_run():
         "gather 60 %",
     ]
     assert [arm.kept for arm in make_arms((0.6,), 3100)] == [3100, 3100, 1860, 16, 1860]
+
+
+# --- bench/long_answers.py -------------------------------------------------------------------
+
+
+def test_long_answers(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    bench = importlib.import_module("long_answers")
+    monkeypatch.setattr(bench, "PROMPT", 620)  # one image
+    once, again, fixed_once, fixed_again = bench.measure(batch=2, new_tokens=16, interval=4)
+    assert [len(answer.pruning) for answer in (once, again, fixed_once, fixed_again)] == [0, 3, 0, 3]
+    slots = [answer.cache.layers[0].keys.shape[2] for answer in (once, again, fixed_once, fixed_again)]
+    assert slots == [62 + 15, 62 + 3, 62 + 16, 62 + 4]
+    bench.main(batch=1, new_tokens=8, interval=3, folder=tmp_path)
+    table = (tmp_path / "long_answers.md").read_text().splitlines()[-4:]
+    assert [line.split(" | ")[1] for line in table] == ["0", "2", "0", "2"]
