@@ -95,7 +95,9 @@ def _markdown(outcome: Outcome, image: str) -> str:
     parts = [f"# {outcome.title}", "", *(f"- {fact}" for fact in outcome.facts), ""]
     for title, lines in outcome.tables():
         parts += [f"## {title}", "", *sheets.markdown(report.HEAD, lines), ""]
-    parts += ["## targets", "", *sheets.markdown(HEAD, [verdict.cells() for verdict in outcome.verdicts]), ""]
+    if outcome.verdicts:
+        lines = [verdict.cells() for verdict in outcome.verdicts]
+        parts += ["## targets", "", *sheets.markdown(HEAD, lines), ""]
     parts += ["## what the columns mean", "", *(f"- {note}" for note in report.NOTES), ""]
     return "\n".join([*parts, f"![{outcome.title}]({image})", ""])
 
@@ -103,7 +105,8 @@ def _markdown(outcome: Outcome, image: str) -> str:
 def show(outcome: Outcome, files: Sequence[Path]) -> None:
     """Print the tables on stdout."""
     tables = [sheets.terminal(report.HEAD, lines, title) for title, lines in outcome.tables()]
-    tables.append(sheets.terminal(HEAD, [verdict.cells() for verdict in outcome.verdicts], "targets"))
+    if outcome.verdicts:
+        tables.append(sheets.terminal(HEAD, [verdict.cells() for verdict in outcome.verdicts], "targets"))
     console = stdout()
     if not console.is_terminal:
         wide = Console(width=1000)

@@ -70,7 +70,9 @@ HEAD = ("where", "target", "measured", "outcome", "bounded by")
 
 
 def verdicts(measured: Measured, setting: Setting) -> list[Verdict]:
-    """Return every target with its value, where this run has one."""
+    """Return every target with its value, where this run has one; none for a model that is all overhead."""
+    if setting.model == "quick":
+        return []
     return [
         *_gpu(measured, setting),
         *_memory(measured, setting),
