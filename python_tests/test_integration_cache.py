@@ -28,6 +28,7 @@ transformers = pytest.importorskip("transformers")
 from csp_ext.config import CSPConfig
 from csp_ext.integration import apply
 from csp_ext.integration.cache import PrunedLayer, adopt_cache
+from csp_ext.integration.front import Front
 
 ROWS = [make_row("5i3i12", 1), make_row("2i20", 2)]
 BUDGET = 14
@@ -97,6 +98,40 @@ def test_a_conversation_can_fork(model: Any) -> None:
         for cache in (fork, first.past_key_values):
             second = model.generate(**turn, past_key_values=cache, max_new_tokens=4, **GREEDY)
             assert_second_turn(model, first, second, new)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_layers_share_the_mask_of_a_forward(
+    model: Any, static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made once, also where the next forward is given the very same mask with other contents."""
+    rows = [*ROWS, make_row("9", 3)]  # shorter than the budget
+    config = CSPConfig(budget=14)
+    options = {"cache_implementation": "static", "disable_compile": True} if static else {}
+    made: list[int] = []
+    make = Front._mask
+
+    def counted(front: Front, *args: Any) -> Any:
+        made.append(1)
+        return make(front, *args)
+
+    monkeypatch.setattr(Front, "_mask", counted)
+    with apply(model, config):
+        output = generate_batch(model, rows, 6, **options)
+        assert len(made) == 5
+        assert_batch_equals_rows(model, output, rows, config, 14)
+        cache = copy.deepcopy(output.past_key_values)
+        if static:
+            return
+        stored = cache.layers[0].keys.shape[2] + 1
+        mask = torch.zeros(len(rows), 1, 1, stored, dtype=torch.float64)
+        token = output.sequences[:, -1:]
+        seen = model(input_ids=token, past_key_values=copy.deepcopy(cache), attention_mask=mask).logits
+        mask[..., -3] = torch.finfo(mask.dtype).min
+        hidden = model(input_ids=token, past_key_values=copy.deepcopy(cache), attention_mask=mask).logits
+        again = model(input_ids=token, past_key_values=cache, attention_mask=mask.clone()).logits
+    assert torch.equal(hidden, again)
+    assert (hidden - seen).abs().max() > 1e-3
 
 
 def test_the_stock_model_goes_on_where_its_masks_suffice(model: Any) -> None:

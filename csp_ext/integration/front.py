@@ -41,6 +41,10 @@ class Front:
         Whether every token after the prompt is seen by all that follow it.
     ring : Ring or None
         Takes the queries of new tokens, where the cache is pruned again while it grows.
+    alike : bool
+        Whether the rows fill these slots as they fill those of every other layer that has as many.
+    forward : object or None
+        Which forward this is, the same object in all layers: they share its mask.
     """
 
     slots: int
@@ -51,6 +55,8 @@ class Front:
     end: Tensor | None = None
     clean: bool = True
     ring: Ring | None = None
+    alike: bool = False
+    forward: object = None
 
     @property
     def hides(self) -> bool:
@@ -96,6 +102,17 @@ class Front:
         None means causal, and that nothing is hidden from a single query. `stored` counts the cache's slots,
         without what :meth:`with_sink` adds.
         """
+        shared = self.alike and self.hides and self.forward is not None and stock is not None
+        if not shared or torch.compiler.is_compiling():
+            return self._mask(stock, query, stored)
+        # The layers are given the same mask; making ours of it takes longer than a small attention.
+        last = getattr(stock, "csp_mask", None)
+        if last is None or last[0] is not self.forward or last[1] != stored:
+            last = self.forward, stored, self._mask(stock, query, stored)
+            stock.csp_mask = last  # type: ignore[union-attr]
+        return last[2]
+
+    def _mask(self, stock: Tensor | None, query: Tensor, stored: int) -> Tensor | None:
         length, recent = query.shape[-2], stored - self.slots
         whole = stock is None and length == 1 and self.end is None
         if not self.hides and (whole or (stock is not None and stock.shape[-1] == stored)):
@@ -186,7 +203,7 @@ class Decoding:
         count = kept.shape[-1]
         num_heads, num_kv_heads = self.heads
         if self.own:
-            front = Front(count, n=self.n)
+            front = Front(count, n=self.n, alike=self.alike)
             front.start = (count - kept.sum(-1)).to(torch.int32).expand(-1, num_kv_heads).contiguous()
             if self.n > 0 and not self.plain:
                 exact = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -195,7 +212,7 @@ class Decoding:
                 front.log_n = log_n.repeat_interleave(num_heads // num_kv_heads, dim=1)[..., None]
             return front
         visible = torch.cat([dropped[..., None], kept], dim=-1) if self.sink else kept
-        front = Front(visible.shape[-1])
+        front = Front(visible.shape[-1], alike=self.alike)
         if not (self.plain and self.n in (0, 1)):
             front.bias = visibility_bias(visible, self.n, num_heads, self.dtype)
         return front

@@ -237,9 +237,11 @@ class Handle:
             prompt.reached = True
             self._warn(refused)
             return None
-        layers = pruned_layers(cache)
+        layers, forward = pruned_layers(cache), object()
         for layer in layers:
             layer.attended, layer.plan, layer.buffer, layer.own = True, None, 0, self._own
+            if layer.front is not None:
+                layer.front.forward = forward
         # A step of generate: its room was checked, and what it appends is text that all that follows sees.
         stepping = prompt.single and prompt.reached
         complete = bool(layers[0].slots or layers[0].settled)
