@@ -5,10 +5,7 @@ python bench/attention_accuracy.py [--seeds 8] [--folder bench/results]
 
 from __future__ import annotations
 
-import datetime
-import shlex
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,10 +13,9 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import transformers
 import typer
+from pages import Facts, keep
 from rich.progress import track
-from run_all import commit, cpu_model
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "python_tests"))
@@ -45,21 +41,14 @@ def main(
     folder: Annotated[Path, typer.Option(help="The results folder.")] = HERE / "results",
 ) -> None:
     torch.set_num_threads(1)
-    begin, measured = time.monotonic(), commit()
+    facts = Facts()
     worst = measure(seeds)
-    about = {
-        "command": shlex.join(["python", "bench/attention_accuracy.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "commit": measured,
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        "model": "one layer of a LLaVA with random weights, 4 query heads of 16, 4 or 2 KV heads",
-        "cases": f"{len(worst)}: every combination and number of new tokens; {seeds} seeds each",
-        "took": f"{time.monotonic() - begin:.0f} s on one thread of {cpu_model()}",
-    }
-    text = report(about, worst)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "attention_accuracy.md").write_text(text)
-    print(text)
+    about = facts.lines(
+        __file__,
+        model="one layer of a LLaVA with random weights, 4 query heads of 16, 4 or 2 KV heads",
+        cases=f"{len(worst)}: every combination and number of new tokens; {seeds} seeds each",
+    )
+    keep(report(about, worst), __file__, folder)
 
 
 def measure(seeds: int) -> Worst:
@@ -81,9 +70,8 @@ than 8 tokens at a time with sdpa, and a prompt within its budget in a growing c
 flash-attn itself is a stand-in in plain torch."""
 
 
-def report(about: dict[str, str], worst: Worst) -> str:
+def report(head: str, worst: Worst) -> str:
     """Return the page: what was measured, and per dtype the tables."""
-    head = "\n".join(f"* {key}: {value}" for key, value in about.items())
     parts = ["# How far every attention over a pruned cache is from float64", head, PREFACE]
     ways = [f"{attention}, n = {n:g}" for attention in ATTENTIONS for n in DECODE_N]
     caches = [f"{batch}, {store}" for batch in BATCHES for store in STORES.values()]

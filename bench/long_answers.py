@@ -5,10 +5,7 @@ python bench/long_answers.py [--batch 8] [--new-tokens 2048] [--interval 128] [-
 
 from __future__ import annotations
 
-import datetime
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,10 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
+from pages import Facts, keep
 from rich.progress import track
-from run_all import commit, cpu_model
 
 import csp_ext
 from csp_ext.demo.report import size
@@ -109,25 +105,14 @@ def main(
     interval: Annotated[int, typer.Option(min=1, help="decode_interval.")] = 128,
     folder: Annotated[Path, typer.Option(help="The results folder.")] = HERE / "results",
 ) -> None:
-    begin, measured = time.monotonic(), commit()
+    facts = Facts()
     answers = measure(batch, new_tokens, interval)
-    about = {
-        "command": shlex.join(["python", "bench/long_answers.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "commit": measured,
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        "prompts": f"{batch} rows of {PROMPT} tokens, {new_tokens} new ones, decode_interval {interval}",
-        "took": f"{time.monotonic() - begin:.0f} s, {torch.get_num_threads()} threads of {cpu_model()}",
-    }
-    text = report(about, answers)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "long_answers.md").write_text(text)
-    print(text)
+    prompts = f"{batch} rows of {PROMPT} tokens, {new_tokens} new ones, decode_interval {interval}"
+    keep(report(facts.lines(__file__, prompts=prompts), answers), __file__, folder)
 
 
-def report(about: dict[str, str], answers: Sequence[Answer]) -> str:
+def report(head: str, answers: Sequence[Answer]) -> str:
     """Return the page."""
-    head = "\n".join(f"* {key}: {value}" for key, value in about.items())
     table = "\n".join(markdown(HEAD, [answer.cells() for answer in answers]))
     return "\n\n".join(["# Long answers over a cache that is pruned again", head, PREFACE, table]) + "\n"
 

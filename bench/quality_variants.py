@@ -5,19 +5,14 @@ python bench/quality_variants.py [--samples 64] [--seed 500] [--only ac] [--quic
 
 from __future__ import annotations
 
-import datetime
-import shlex
-import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import transformers
 import typer
+from pages import Facts, keep
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from run_all import commit, cpu_model
 from variants.catalogue import FULL, IDEAS, variants
 from variants.report import Outcome, explanation, tables, write_csv
 from variants.trial import Trial
@@ -50,26 +45,21 @@ def main(
         samples = min(samples, QUICK_SAMPLES)
     budgets = QUICK_BUDGETS if quick else BUDGETS
     torch.set_num_threads(1)
-    begin, measured = time.monotonic(), commit()
+    facts = Facts()
     outcome, ran = Outcome(), variants(letters)
     measure(outcome, letters, names, samples, seed, budgets)
-    about = {
-        "command": shlex.join(["python", "bench/quality_variants.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "commit": measured,
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        "model": "csp_ext.evaluation.load_eval_model(), float32, greedy",
-        "default": csp_ext.CSPConfig(),
-        "samples": f"{samples} per task, {len(names)} tasks: {', '.join(names)}",
-        "seed": f"{seed} of the questions, 0 of the random choice",
-        "took": f"{time.monotonic() - begin:.0f} s on one thread of {cpu_model()}",
-    }
+    about = facts.lines(
+        __file__,
+        model="csp_ext.evaluation.load_eval_model(), float32, greedy",
+        default=csp_ext.CSPConfig(),
+        samples=f"{samples} per task, {len(names)} tasks: {', '.join(names)}",
+        seed=f"{seed} of the questions, 0 of the random choice",
+    )
     text = explanation(outcome, about) + "\n" + tables(outcome, ran, budgets, letters)
-    print(text)
     if quick:
+        print(text)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "quality_variants.md").write_text(text)
+    keep(text, __file__, folder)
     letters_of = {variant.name: variant.letters for variant in (FULL, *ran)}
     write_csv(folder / "quality_variants.csv", outcome, letters_of)
     print(f"kept in {folder / 'quality_variants'}.md and .csv")

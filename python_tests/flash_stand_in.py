@@ -114,8 +114,8 @@ def _attention(
 
 
 def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> Any:
-    """Never called: caches are transformers' or ours."""
-    raise NotImplementedError
+    """Not to be called: caches are transformers' or ours."""
+    raise AssertionError("flash-attn was asked to keep a cache")
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from csp_ext.config import CSPConfig
 from csp_ext.integration import CSPStaticCache, apply
 from csp_ext.integration.cache import pruned_layers
 from csp_ext.integration.ring import Ring
+from csp_ext.integration.static import StaticPrunedLayer
 
 BUDGET, INTERVAL = 14, 5
 # Left padding; the third row is shorter than the budget, the fourth has no image.
@@ -379,6 +380,22 @@ def test_a_compiled_loop_of_ones_own(model: Any) -> None:
             position = position + 1
     assert pruned == 3
     assert_logits_close(torch.stack(found, dim=1), logits(expected), torch.float64)
+
+
+def test_the_device_is_read_once_per_prune(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once when ``generate`` begins; in between the tokens are counted."""
+    reads: list[int] = []
+    written = StaticPrunedLayer.written
+
+    def counted(layer: StaticPrunedLayer) -> int:
+        reads.extend([1] * layer.static)  # before that it is a shape
+        return written(layer)
+
+    monkeypatch.setattr(StaticPrunedLayer, "written", counted)
+    with apply(model, config_of()) as handle:
+        generate_batch(model, ROWS[:2], 20, **STATIC)
+        assert handle.stats.renewals == 3
+    assert len(reads) == 1 + 3
 
 
 # --- other ways to generate ------------------------------------------------------------------

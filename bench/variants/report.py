@@ -85,10 +85,9 @@ def tables(outcome: Outcome, ran: Sequence[Variant], budgets: Sequence[float], l
     return "\n".join(lines)
 
 
-def explanation(outcome: Outcome, about: dict[str, object]) -> str:
-    """Return what stands above the tables."""
+def explanation(outcome: Outcome, notes: str) -> str:
+    """Return what stands above the tables, `notes` among it."""
     full = suite_mean(outcome.of(FULL.name, [1.0]))
-    notes = "\n".join(f"* {key}: {value}" for key, value in about.items())
     return f"""# Variants of the default on the evaluation model
 
 {notes}

@@ -124,14 +124,9 @@ class PrunedLayer(DynamicLayer):
         assert self.growth is not None
         return max(0, self.slots - self.growth.kinds.shape[-1])
 
-    def stored(self) -> tuple[Tensor, Tensor]:
-        """Return the keys and values in use, [B, Hkv, S, D]."""
-        return self.keys, self.values
-
-    def renew(self, places: Tensor, front: Front) -> None:
-        """Keep the slots that `places` names, int32 [B, Hs, slots], -1 for zeros, to be seen as `front`."""
-        key, value = self.stored()
-        self.keys, self.values = implementation_for(key).compact(key, value, places)
+    def renew(self, places: Tensor, front: Front, written: int) -> None:
+        """Keep of the `written` slots those in `places`, int32 [B, Hs, slots], -1: zeros, seen as `front`."""
+        self.keys, self.values = implementation_for(self.keys).compact(self.keys, self.values, places)
         self.front = front
 
     def remember(self, query: Tensor, scale: float | None, causal: bool) -> None:

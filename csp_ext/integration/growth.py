@@ -104,20 +104,22 @@ class Growth:
         self.later = None if self.later is None else change(self.later)
 
     @torch.no_grad()
-    def prune(self, layer: PrunedLayer, index: int, count: int) -> None:
+    def prune(self, layer: PrunedLayer, written: int, index: int, count: int) -> None:
         """Bring a layer back to its budget, by what its last queries attend to.
 
         Parameters
         ----------
         layer : PrunedLayer
             Holds more tokens than the budget.
+        written : int
+            Its slots in use.
         index, count : int
             Which of the prunable layers it is, and how many there are.
         """
         assert layer.front is not None
         assert layer.front.ring is not None
         ring, skip = layer.front.ring, layer.sink()
-        key, value = (tensor[:, :, skip:] for tensor in layer.stored())
+        key, value = (tensor[:, :, skip:written] for tensor in (layer.keys, layer.values))
         rows, heads = key.shape[:2]
         after = key.shape[2] - self.kinds.shape[-1]
         kinds = self._with_later(after)
@@ -150,7 +152,7 @@ class Growth:
         front = self.decoding.front(kept, self.dropped)
         front.ring = ring
         places = torch.where(kept, indices + skip, PADDING)
-        layer.renew(F.pad(places, (self.decoding.sink, 0), value=PADDING), front)
+        layer.renew(F.pad(places, (self.decoding.sink, 0), value=PADDING), front, written)
 
     def _with_later(self, after: int) -> Tensor:
         """Return the modality of every stored token, int8 [B, Hs, S + after]."""
@@ -200,7 +202,7 @@ def make_room(layers: Sequence[PrunedLayer], new: int, written: int | None = Non
     new : int
         Tokens to come.
     written : int, optional
-        Slots in use, where the caller knows; a static cache has to read the device for it.
+        Slots in use, where the caller knows; a static cache reads the device for it, once more to prune.
 
     Returns
     -------
@@ -214,7 +216,8 @@ def make_room(layers: Sequence[PrunedLayer], new: int, written: int | None = Non
     budget = growth.renewal.budget
     if tokens <= budget or tokens + new <= budget + growth.renewal.interval:
         return False
+    written = layers[0].written()
     for index, layer in enumerate(layers):
         assert layer.growth is not None
-        layer.growth.prune(layer, index, len(layers))
+        layer.growth.prune(layer, written, index, len(layers))
     return True

@@ -96,11 +96,6 @@ class StaticPrunedLayer(PrunedLayer):
     def grows(self, renewal: Renewal) -> bool:
         return renewal.interval <= self.room
 
-    def stored(self) -> tuple[Tensor, Tensor]:
-        """Return the keys and values in use, [B, Hkv, S, D]; reads the device."""
-        end = self.written()
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
     def replace_prompt(self, key: Tensor, value: Tensor, length: int, front: Front) -> None:
         tail = self.keys[:, :, length:], self.values[:, :, length:]
         written = key.shape[-2] + tail[0].shape[-2]
@@ -153,13 +148,13 @@ class StaticPrunedLayer(PrunedLayer):
         _keep_places(front, last)
         return keys, values, front
 
-    def renew(self, places: Tensor, front: Front) -> None:
+    def renew(self, places: Tensor, front: Front, written: int) -> None:
         assert self.front is not None
-        key, value = self.stored()
+        key, value = self.keys[:, :, :written], self.values[:, :, :written]
         implementation_for(key).compact_(key, value, places.contiguous())
         self.end.fill_(places.shape[-1])
-        self.offset.add_(key.shape[-2] - places.shape[-1])
-        self._length = self._length - self.slots + key.shape[-2]
+        self.offset.add_(written - places.shape[-1])
+        self._length += written - self.slots
         _keep_places(front, self.front)
         front.end = self.end
         self._hold(self.keys, self.values, front)
